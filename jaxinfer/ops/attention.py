@@ -1,0 +1,52 @@
+"""Attention over a paged KV cache (Kwon et al., "PagedAttention", 2023, section 4), in plain jax.numpy.
+
+A pool is [P, page_size, K, D]; page 0 is the null page: writes of rows that are not live land there and nobody reads
+it. A block table [B, W] lists the pages of each sequence in order. Positions of -1 mark tokens that are not live."""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: a row without any visible key stays free of NaN
+
+
+def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, positions: jax.Array) -> jax.Array:
+    """Writes new [B, T, K, D] at positions [B, T] through tables [B, W]; returns the pool, updated in place if donated."""
+    pages, page_size, heads, width = pool.shape
+    page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // page_size, axis=1)
+    cell = jnp.where(positions < 0, 0, page * page_size + positions % page_size)
+    flat = pool.reshape(pages * page_size, heads, width)
+    flat = flat.at[cell.reshape(-1)].set(new.reshape(-1, heads, width).astype(pool.dtype))
+    return flat.reshape(pool.shape)
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    tables: jax.Array,
+    positions: jax.Array,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
+    """Causal attention of q [B, T, N, D] over the pages, which hold the queries' own keys already.
+
+    A query at position p sees positions max(0, p - window + 1) to p. Queries at -1 give zeros.
+    Returns [B, T, N, D] in q's dtype; scores and sums are float32.
+    """
+    batch, length, heads, width = q.shape
+    kv_heads, page_size = k_pool.shape[2], k_pool.shape[1]
+    span = tables.shape[1] * page_size
+    k = k_pool[tables].reshape(batch, span, kv_heads, width)
+    v = v_pool[tables].reshape(batch, span, kv_heads, width)
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    at = jnp.arange(span)
+    visible = at[None, None] <= positions[:, :, None]
+    if window is not None:
+        visible &= at[None, None] > positions[:, :, None] - window
+    visible = visible[:, None, None]
+    scores = jnp.where(visible, scores, MASKED)
+    weights = jnp.where(visible, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total == 0, 1.0, total)).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,11 @@
+"""RMSNorm (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, section 3)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalizes [..., H] in float32 and returns x's dtype; weight is [H]."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return weight * wide.astype(x.dtype)

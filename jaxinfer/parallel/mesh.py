@@ -1,0 +1,53 @@
+"""The device mesh: its three axes, their sizes from text, and where each process stands on it."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+AXES = ("stage", "data", "tensor")
+VOCAB_AXES = ("stage", "tensor")  # the axes over which everything vocabulary-wide is spread
+
+
+class LayoutError(ValueError):
+    """A mesh or a split that this model cannot have: the message gives the dimension, its value and the legal values."""
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads ``stage=2,tensor=4``; an axis that is left out is 1.
+
+    Raises:
+      LayoutError: an unknown or repeated axis, or a size that is not a positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.partition("=")
+        if name not in AXES:
+            raise LayoutError(f"mesh: unknown axis {name!r} in {text!r}; the axes are {', '.join(AXES)}")
+        if name in sizes:
+            raise LayoutError(f"mesh: axis {name!r} is given twice in {text!r}")
+        if not value.isdigit() or int(value) < 1:
+            raise LayoutError(f"mesh: {name}={value!r} is not a positive whole number")
+        sizes[name] = int(value)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh over the first devices of all processes, ``tensor`` fastest: neighbours on a node share a tensor group.
+
+    Raises:
+      LayoutError: more devices asked for than there are, or some process would hold none.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    wanted, devices = int(np.prod(shape)), jax.devices()
+    text = ",".join(f"{axis}={sizes[axis]}" for axis in AXES)
+    if wanted > len(devices):
+        raise LayoutError(f"mesh {text} needs {wanted} devices, found {len(devices)} ({devices[0].device_kind})")
+    used = devices[:wanted]
+    idle = set(range(jax.process_count())) - {device.process_index for device in used}
+    if idle:
+        raise LayoutError(f"mesh {text} uses {wanted} of {len(devices)} devices and leaves process {min(idle)} without one")
+    return Mesh(np.array(used).reshape(shape), AXES)
+
+
+def mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    return {axis: mesh.shape[axis] for axis in AXES}

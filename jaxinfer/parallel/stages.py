@@ -1,0 +1,43 @@
+"""Which layers each pipeline stage holds."""
+
+from jaxinfer.parallel.mesh import LayoutError
+
+
+def balance(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers per stage, as even as can be, the longer stages first.
+
+    Embedding and head are cut over the stages as well as over ``tensor`` (see ``VOCAB_AXES``), so each stage holds
+    the same bytes of them and does the same share of their work in every tick: counting layers counts the bytes.
+
+    Raises:
+      LayoutError: more stages than layers.
+    """
+    if stages > layers:
+        raise LayoutError(f"stage={stages}: the model has {layers} layers; legal: 1 to {layers}")
+    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
+
+
+def parse_stage_layers(text: str, layers: int, stages: int) -> tuple[int, ...]:
+    """Reads ``7,7,6,6``.
+
+    Raises:
+      LayoutError: not one positive number per stage, or numbers that do not add up to the model's layers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise LayoutError(f"stage-layers: {text!r} is not a list of positive whole numbers such as 7,7,6,6")
+    counts = tuple(map(int, parts))
+    if len(counts) != stages:
+        raise LayoutError(f"stage-layers: {text!r} gives {len(counts)} stages, the mesh has stage={stages}")
+    if sum(counts) != layers:
+        raise LayoutError(f"stage-layers: {text!r} adds up to {sum(counts)} layers, the model has {layers}")
+    return counts
+
+
+def slots(stage_layers: tuple[int, ...]) -> list[tuple[int | None, ...]]:
+    """Per layer slot, the layer that each stage holds there, None where the stage has fewer layers."""
+    first = [sum(stage_layers[:stage]) for stage in range(len(stage_layers))]
+    return [
+        tuple(start + slot if slot < count else None for start, count in zip(first, stage_layers))
+        for slot in range(max(stage_layers))
+    ]
