@@ -1,0 +1,92 @@
+"""From a checkpoint onto a mesh: each process reads the slices that its own devices hold, one parameter at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxinfer.parallel.mesh import AXES, mesh_sizes
+from jaxinfer.parallel.placement import (
+    MeshSizes,
+    Parameter,
+    Rules,
+    global_shape,
+    local_shape,
+    local_slice,
+    partition_spec,
+)
+
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+def _coordinates(mesh: Mesh) -> Iterator[tuple[jax.Device, dict[str, int]]]:
+    for where, device in np.ndenumerate(mesh.devices):
+        if device.process_index == jax.process_index():
+            yield device, dict(zip(AXES, where))
+
+
+def _local_array(
+    read: Read, parameter: Parameter, rules: Rules, sizes: MeshSizes, coords: MeshSizes, dtype: Any
+) -> np.ndarray:
+    """One device's piece, without the stage dimension; zeros where a slot is empty or the vocabulary is padded."""
+    shape = local_shape(parameter, rules, sizes)
+    layer = None if parameter.layers is None else parameter.layers[coords["stage"]]
+    if parameter.layers is not None and layer is None:
+        return np.zeros(shape, dtype)
+    pieces = []
+    for name, leaf in parameter.leaves:
+        index = tuple(local_slice(axis, size, rules, sizes, coords) for axis, size in zip(leaf.axes, leaf.shape))
+        piece = read(name.format(layer), index).astype(dtype, copy=False)
+        pieces.append(piece.reshape(*_flattened(piece.shape, parameter.in_dims)))
+    if len(pieces) == 1 and pieces[0].shape == shape:
+        return pieces[0]
+    whole, column = np.zeros(shape, dtype), 0
+    while pieces:  # popped, so that a piece is freed once it is joined
+        piece = pieces.pop(0)
+        rows = () if piece.ndim == 1 else (slice(piece.shape[0]),)
+        whole[(*rows, slice(column, column + piece.shape[-1]))] = piece
+        column += piece.shape[-1]
+    return whole
+
+
+def _flattened(shape: tuple[int, ...], in_dims: int) -> tuple[int, ...]:
+    columns = int(np.prod(shape[in_dims:]))
+    return (int(np.prod(shape[:in_dims])), columns) if in_dims else (columns,)
+
+
+def load(
+    read: Read,
+    parameters: Any,
+    mesh: Mesh,
+    rules: Rules,
+    dtype: Any,
+    loaded: Callable[[int], None] = lambda size: None,
+) -> Any:
+    """The tree of `parameters` as arrays on the mesh.
+
+    Devices of this process that hold the same piece (data replicas) share one read. `loaded` is told the bytes of each
+    piece as it reaches its devices. The host holds one piece of one parameter at a time.
+    """
+    sizes = mesh_sizes(mesh)
+
+    def place(parameter: Parameter) -> jax.Array:
+        sharding = NamedSharding(mesh, partition_spec(parameter, rules))
+        shape = global_shape(parameter, rules, sizes)
+        placed: Mapping[Any, list[jax.Device]] = {}
+        where = sharding.addressable_devices_indices_map(shape)
+        coords_of = dict(_coordinates(mesh))
+        for device, index in where.items():
+            placed.setdefault(str(index), []).append(device)
+        arrays = []
+        for devices in placed.values():
+            local = _local_array(read, parameter, rules, sizes, coords_of[devices[0]], dtype)
+            local = local[None] if parameter.layers is not None else local
+            arrays += [jax.device_put(local, device) for device in devices]
+            loaded(local.nbytes)
+        array = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        # the transfer must be over before the host piece is dropped, or pieces would pile up
+        return array.block_until_ready()
+
+    return jax.tree.map(place, parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))

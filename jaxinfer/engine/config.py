@@ -1,0 +1,66 @@
+"""The engine's settings, checked once before anything is allocated."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run: nothing here changes which tokens a request gets, `dtype` and `seed` excepted.
+
+    Attributes:
+      mesh: sizes of the axes ``stage``, ``data``, ``tensor``; one left out is 1.
+      dtype: of weights, activations and cache; None takes the checkpoint's.
+      stage_layers: layers per stage; None balances them.
+      max_batch: sequences that decode at once, per data shard.
+      page_size: tokens per cache page.
+      pages: cache pages per data shard; None fills what memory is left after the weights.
+      memory_fraction: share of a device's memory that weights and cache may take.
+      decode_steps: decode steps per dispatch.
+      prefill_chunk: prompt tokens per prefill tick and data shard.
+      prefill_ticks: prefill ticks between two decode blocks while something decodes.
+      max_context: prompt and output tokens of one request; None takes the model's.
+      seed: of requests that bring none.
+    """
+
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    dtype: str | None = None
+    stage_layers: tuple[int, ...] | None = None
+    max_batch: int = 64
+    page_size: int = 16
+    pages: int | None = None
+    memory_fraction: float = 0.9
+    decode_steps: int = 8
+    prefill_chunk: int = 512
+    prefill_ticks: int = 4
+    max_context: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("max_batch", "page_size", "decode_steps", "prefill_chunk", "prefill_ticks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is below 1")
+        if self.pages is not None and self.pages < 2:
+            raise ValueError(f"pages: {self.pages} is below 2 (one page is the null page)")
+        if self.max_context is not None and self.max_context < 2:
+            raise ValueError(f"max_context: {self.max_context} is below 2")
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction: {self.memory_fraction} is not in (0, 1]")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+    def prefill_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, tokens per row) of a prefill tick, all of `prefill_chunk` tokens: one long prompt or many short."""
+        chunk = self.prefill_chunk
+        shapes = {(chunk // length, length) for length in (chunk, chunk // 4, chunk // 16) if length >= 8}
+        return tuple(sorted((min(rows, self.max_batch), length) for rows, length in shapes | {(1, chunk)}))
+
+    def table_widths(self, max_context: int) -> tuple[int, ...]:
+        """Block table widths that programs are compiled for, in pages: each four times the one before."""
+        full = -(-max_context // self.page_size)
+        widths = [full]
+        while widths[-1] > 16:
+            widths.append(-(-widths[-1] // 4))
+        return tuple(reversed(widths))

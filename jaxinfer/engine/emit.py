@@ -1,0 +1,93 @@
+"""From final hidden states to tokens, the vocabulary cut over all devices of a data shard."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.models.llama import Ends
+from jaxinfer.ops.sampling import SamplingArrays, adjust, select, token_logprobs
+from jaxinfer.parallel import collectives
+
+TOP_LOGPROBS = 20  # as many as a request may ask for; the host cuts to what each asked
+
+
+class Features(NamedTuple):
+    """What some request of a dispatch needs beyond greedy tokens; part of a program's identity, so plain runs stay lean.
+
+    Which program ran never changes a row's tokens."""
+
+    sample: bool = False  # a temperature above 0
+    adjust: bool = False  # penalties, logit bias, min_new_tokens
+    logprobs: bool = False
+    score: bool = False  # prompt logprobs
+
+
+class Emitted(NamedTuple):
+    """Tokens [B] and, where asked for, logprob and rank [B], top ids and logprobs [B, 20] (None otherwise)."""
+
+    tokens: jax.Array
+    logprob: jax.Array | None = None
+    rank: jax.Array | None = None
+    top_ids: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+
+
+def emit(
+    ends: Ends,
+    x: jax.Array,
+    sampling: SamplingArrays | None,
+    counts: jax.Array | None,
+    n_out: jax.Array,
+    features: Features,
+) -> Emitted:
+    """Final hidden states x [B, H] to the next token of each row.
+
+    counts [B, V / n] is this device's part of the rows' token counts; n_out [B] numbers the output token to choose.
+    """
+    raw = _padding_masked(ends.logits(x), ends.config.vocab_size)
+    logits = raw
+    if features.adjust:
+        start = collectives.vocab_rank() * raw.shape[1]
+        logits = adjust(raw, counts, sampling, n_out, start, ends.config.vocab_size)
+    with jax.named_scope("sample"):
+        if features.sample:
+            own = jax.tree.map(collectives.own_rows, sampling)
+            chosen = select(collectives.rows_for_columns(logits), own, collectives.own_rows(n_out))
+            tokens = collectives.all_rows(chosen, x.shape[0])
+        else:
+            tokens = _greedy(logits)
+    return _with_logprobs(raw, tokens) if features.logprobs else Emitted(tokens)
+
+
+def score(ends: Ends, x: jax.Array, targets: jax.Array) -> Emitted:
+    """Logprobs of known next tokens: x [R, C, H], targets [R, C]."""
+    raw = _padding_masked(ends.logits(x.reshape(-1, x.shape[-1])), ends.config.vocab_size)
+    emitted = _with_logprobs(raw, targets.reshape(-1))
+    return jax.tree.map(lambda each: each.reshape(*targets.shape, *each.shape[1:]), emitted)
+
+
+def _padding_masked(logits: jax.Array, vocab_size: int) -> jax.Array:
+    width = logits.shape[1]
+    if width * collectives.vocab_ways() == vocab_size:
+        return logits
+    column = collectives.vocab_rank() * width + jnp.arange(width)
+    return jnp.where(column < vocab_size, logits, -jnp.inf)
+
+
+def _greedy(logits: jax.Array) -> jax.Array:
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if collectives.vocab_ways() == 1:
+        return best
+    value = jnp.take_along_axis(logits, best[:, None], axis=1)[:, 0]
+    # shards are in vocabulary order and argmax takes the first of equals: the lowest id wins, as on one device
+    values = collectives.vocab_gather(value)
+    ids = collectives.vocab_gather(best + collectives.vocab_rank() * logits.shape[1])
+    return jnp.take_along_axis(ids, jnp.argmax(values, axis=0)[None], axis=0)[0]
+
+
+def _with_logprobs(raw: jax.Array, tokens: jax.Array) -> Emitted:
+    rows = collectives.rows_for_columns(raw)
+    chosen, top_ids, top, rank = token_logprobs(rows, collectives.own_rows(tokens), min(TOP_LOGPROBS, rows.shape[1]))
+    whole = [collectives.all_rows(each, tokens.shape[0]) for each in (chosen, rank, top_ids, top)]
+    return Emitted(tokens, *whole)

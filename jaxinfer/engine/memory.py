@@ -1,0 +1,81 @@
+"""What a layout takes of each device, counted before anything is allocated."""
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.forward import Decoder
+from jaxinfer.parallel.mesh import LayoutError
+from jaxinfer.parallel.placement import MeshSizes, Parameter, Rules, local_shape, local_size
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per device; `pages` counts one data shard's pages, the null page included."""
+
+    weights: int
+    page: int
+    workspace: int
+    limit: int
+    pages: int
+
+
+def device_limit(device: jax.Device) -> int:
+    """Bytes that this process may use on the device; virtual CPU devices share the host's memory."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return psutil.virtual_memory().total // len(jax.local_devices())
+
+
+def plan_memory(
+    decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, dtype: Any, max_context: int, limit: int
+) -> MemoryPlan:
+    """Raises:
+    LayoutError: weights, workspace and the cache of one full context do not fit; the message gives each and what would.
+    """
+    model, item = decoder.config, np.dtype(dtype).itemsize
+    is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
+    parameters = jax.tree.leaves(decoder.parameters(), is_leaf=is_parameter)
+    weights = sum(prod(local_shape(parameter, rules, sizes)) for parameter in parameters) * item
+    kv_heads = local_size("kv_heads", model.num_kv_heads, rules, sizes)
+    page = 2 * len(decoder.slots) * config.page_size * kv_heads * model.head_dim * item
+    workspace = _workspace(decoder, config, rules, sizes, item, max_context)
+
+    needed = ceil(max_context / config.page_size) + 1
+    useful = config.max_batch * ceil(max_context / config.page_size) + 1
+    budget = int(limit * config.memory_fraction) - weights - workspace
+    pages = config.pages or min(useful, budget // page)
+    if pages < needed or pages * page > budget:
+        wanted = weights + workspace + max(pages, needed) * page
+        raise LayoutError(
+            f"memory: needs {wanted / MIB:.0f} MiB per device (weights {weights / MIB:.0f}, workspace {workspace / MIB:.0f}, "
+            f"cache {max(pages, needed) * page / MIB:.0f} for {max(pages, needed)} pages of {config.page_size} tokens; one "
+            f"context of {max_context} tokens takes {needed}), but {config.memory_fraction:.0%} of {limit / MIB:.0f} MiB "
+            f"is {limit * config.memory_fraction / MIB:.0f}; use more devices (tensor, stage), a smaller dtype, "
+            "max-context or prefill-chunk, or another number of pages"
+        )
+    return MemoryPlan(weights, page, workspace, limit, int(pages))
+
+
+def _workspace(
+    decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, item: int, max_context: int
+) -> int:
+    """What a prefill tick holds beside weights and cache: activations, and the plain attention's gathered pages and scores."""
+    model, chunk = decoder.config, config.prefill_chunk
+    heads = local_size("heads", model.num_heads, rules, sizes)
+    kv_heads = local_size("kv_heads", model.num_kv_heads, rules, sizes)
+    mlp = local_size("mlp", model.mlp_width, rules, sizes)
+    vocabulary = local_size("vocab", model.vocab_size, rules, sizes)
+    rows = max(config.max_batch, max(rows for rows, _ in config.prefill_shapes()))
+    activations = chunk * (4 * model.hidden_size + 3 * mlp + 3 * heads * model.head_dim) * item
+    gathered = 2 * 2 * rows * max_context * kv_heads * model.head_dim * item
+    scores = 3 * 4 * heads * max(chunk, rows) * max_context
+    return activations + gathered + scores + 3 * 4 * rows * vocabulary
