@@ -1,0 +1,463 @@
+"""Decides what the device does next: which rows are prefilled, which are decoded, who waits, who gives way.
+
+Nothing here looks at a clock or at a token's value: each decision follows from the requests and from how many tokens
+the dispatches so far have fed, so every process decides alike and dispatches ahead of the results.
+"""
+
+import bisect
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+from jaxinfer.engine.pages import PageAllocator
+from jaxinfer.engine.sequence import DecodeBlock, PrefillRow, PrefillTick, Sequence, State
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    shards: int  # D, data shards, each with its own slots and pages
+    stages: int  # S, pipeline stages = decode microbatches
+    rows: int  # slots per microbatch and shard
+    pages: int  # per shard, the null page included
+    page_size: int  # tokens
+    decode_steps: int  # K
+    prefill_shapes: tuple[tuple[int, int], ...]  # (R, C), all with the same R * C
+    prefill_ticks: int  # entering ticks between two decode blocks while sequences decode
+
+    def __post_init__(self):
+        for name in ("shards", "stages", "rows", "page_size", "decode_steps", "prefill_ticks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, legal is at least 1")
+        if self.pages < 2:
+            raise ValueError(f"pages: found {self.pages}, legal is at least 2 (page 0 is the null page)")
+        budgets = {rows * chunk for rows, chunk in self.prefill_shapes}
+        if len(budgets) != 1 or min(min(shape) for shape in self.prefill_shapes) < 1:
+            raise ValueError(
+                f"prefill_shapes: found {self.prefill_shapes}, legal is a list of (R, C), both at least 1, "
+                "that all have the same R * C"
+            )
+
+    @property
+    def slots(self) -> int:
+        return self.stages * self.rows
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+
+@dataclass
+class Bubble:
+    """Stage-ticks of each shard: all, and those in which the stage had nothing to work on."""
+
+    idle: int = 0
+    total: int = 0
+
+    def __add__(self, other: "Bubble") -> "Bubble":
+        return Bubble(self.idle + other.idle, self.total + other.total)
+
+    @property
+    def share(self) -> float:
+        return self.idle / self.total if self.total else 0.0
+
+
+def _arrival(seq: Sequence) -> int:
+    return seq.arrival
+
+
+def _discard(ordered: list[Sequence], seq: Sequence) -> bool:
+    """Takes seq out of a list that is sorted by arrival; says whether it was there."""
+    at = bisect.bisect_left(ordered, seq.arrival, key=_arrival)
+    found = at < len(ordered) and ordered[at] is seq
+    if found:
+        del ordered[at]
+    return found
+
+
+@dataclass
+class _Shard:
+    pages: PageAllocator
+    free_rows: list[list[int]]  # per microbatch, a heap
+    last_epochs: list[int]  # per slot, of its owner in the last decode block
+    residents: list[Sequence] = field(default_factory=list)  # hold a slot, by arrival
+    filling: list[Sequence] = field(default_factory=list)  # those with chunks still to enter, by arrival
+    growing: int = 0  # residents that may need more pages than they hold
+
+    @property
+    def free_slots(self) -> int:
+        return sum(map(len, self.free_rows))
+
+    def take_slot(self) -> int:
+        """The lowest free row of the emptiest microbatch: passes are spread over the stages evenly."""
+        microbatch = max(range(len(self.free_rows)), key=lambda m: len(self.free_rows[m]))
+        rows = len(self.last_epochs) // len(self.free_rows)
+        return microbatch * rows + heapq.heappop(self.free_rows[microbatch])
+
+    def return_slot(self, slot: int) -> None:
+        microbatch, row = divmod(slot, len(self.last_epochs) // len(self.free_rows))
+        heapq.heappush(self.free_rows[microbatch], row)
+
+
+class Scheduler:
+    """Continuous batching over a pipeline of S stages, with paged caches.
+
+    The engine calls, in a loop: `schedule`, dispatch what it returns, `complete` for the dispatch before, `finish` for
+    each sequence that met a stop or has all its tokens. Every dispatch is completed, in the order of dispatch.
+
+    Order: first come, first admitted; the head of the queue blocks the rest. When a shard's pages run out, its latest
+    arrival gives way, and waits at the front of the queue again. So the earliest arrival of a shard always advances.
+    """
+
+    def __init__(self, config: SchedulerConfig):
+        self.config = config
+        self.preemptions = 0  # of sequences that had begun to prefill
+        self.decode_bubble = Bubble()
+        self.prefill_bubble = Bubble()
+        self.steady_bubble = Bubble()  # decode blocks that enter and leave with every microbatch of every shard running
+        self._shards = [
+            _Shard(
+                PageAllocator(config.pages),
+                [list(range(config.rows)) for _ in range(config.stages)],
+                [0] * config.slots,
+            )
+            for _ in range(config.shards)
+        ]
+        self._queue: list[tuple[int, Sequence]] = []  # heap by arrival; those finished meanwhile are dropped at the head
+        self._waiting = 0
+        self._arrivals = 0
+        self._admissions = 0
+        self._unfinished = 0
+        self._dispatched: deque[PrefillTick | DecodeBlock] = deque()
+        self._shape: tuple[int, int] | None = None  # of the rows in the prefill pipeline
+        self._pipeline: list[list[list[PrefillRow | None]]] = []  # rows whose next stage is index + 1
+        self._entered = 0  # prefill ticks with entering rows since the last decode block
+        self._was_full = False
+
+    # What the engine calls
+
+    def add(self, seq: Sequence) -> None:
+        """Puts a new sequence at the end of the queue.
+
+        Raises:
+          ValueError: an empty prompt, a negative max_new_tokens, or more tokens than all pages of a shard can hold.
+        """
+        config, new = self.config, seq.params.max_new_tokens
+        if not seq.prompt:
+            raise ValueError(f"request {seq.request_id}: the prompt has 0 tokens, legal is at least 1")
+        if new < 0:
+            raise ValueError(f"request {seq.request_id}: max_new_tokens: found {new}, legal is at least 0")
+        needed = config.pages_for(seq.cache_tokens)
+        if needed > config.pages - 1:
+            raise ValueError(
+                f"request {seq.request_id}: {len(seq.prompt)} prompt tokens and {new} new tokens need {needed} pages "
+                f"of {config.page_size} tokens, a shard has {config.pages - 1}"
+            )
+        seq.arrival = self._arrivals
+        self._arrivals += 1
+        self._unfinished += 1
+        self._enqueue(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Ends a sequence, whatever its state, and frees its slot and pages at once. Does nothing the second time.
+
+        Work of it that is in a pipeline is dropped by the next dispatch; tokens that still come are ignored.
+        """
+        if seq.state is State.FINISHED:
+            return
+        if seq.state is State.WAITING:
+            self._waiting -= 1
+        elif seq.state is not State.DRAINED:
+            self._release(seq)
+        seq.state = State.FINISHED
+        self._unfinished -= 1
+
+    def abort(self, seq: Sequence) -> None:
+        """Ends a sequence that nobody wants any more: the same as `finish`."""
+        self.finish(seq)
+
+    def schedule(self) -> PrefillTick | DecodeBlock | None:
+        """The next dispatch; it counts as dispatched. None: there is none before results are completed."""
+        self._drain()
+        decoding = any(seq.state is State.RUNNING for shard in self._shards for seq in shard.residents)
+        may_enter = not decoding or self._entered < self.config.prefill_ticks
+        dispatch = self._prefill_tick(may_enter)
+        if dispatch is None and decoding:
+            # No block comes back when the decoding rows all gave their pages to earlier arrivals still in prefill.
+            dispatch = self._decode_block() or self._prefill_tick(True)
+        if dispatch is not None:
+            self._dispatched.append(dispatch)
+        return dispatch
+
+    def complete(self, dispatch: PrefillTick | DecodeBlock, tokens) -> list[tuple[Sequence, list[int]]]:
+        """Takes the results of the oldest dispatch not completed yet.
+
+        Args:
+          tokens: int [K, D, slots] of a decode block, int [D, R] of the exiting rows of a prefill tick; -1 for none.
+            Nested lists or an array.
+
+        Returns:
+          (sequence, its new tokens) for each unfinished sequence that got some, or whose prefill is through (no tokens
+          with max_new_tokens=0). They are appended to its output already, never beyond max_new_tokens.
+
+        Raises:
+          RuntimeError: completed out of order, or the device lost tokens.
+        """
+        if not self._dispatched or self._dispatched[0] is not dispatch:
+            raise RuntimeError("dispatches must be completed once each, in the order of dispatch")
+        self._dispatched.popleft()
+        tokens = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        found: list[tuple[Sequence, list[int], bool]] = []
+        if isinstance(dispatch, PrefillTick):
+            for rows, row_tokens in zip(dispatch.stages[-1], tokens, strict=True):
+                for row, token in zip(rows, row_tokens, strict=True):
+                    if row is not None:
+                        found.append((row.seq, [token] if row.final and token >= 0 else [], row.final))
+        else:
+            for d, owners in enumerate(dispatch.owners):
+                columns = zip(*(step[d] for step in tokens), strict=True)
+                for seq, column in zip(owners, columns, strict=True):
+                    if seq is not None:
+                        found.append((seq, [token for token in column if token >= 0], False))
+        results = []
+        for seq, new, always in found:
+            seq.outstanding -= 1
+            if seq.state is State.FINISHED:
+                continue
+            wanted = seq.params.max_new_tokens
+            new = new[: wanted - len(seq.output)]
+            seq.output.extend(new)
+            if seq.state is State.DRAINED and not seq.outstanding and len(seq.output) < wanted:
+                raise RuntimeError(
+                    f"request {seq.request_id} sample {seq.index}: the device returned {len(seq.output)} of "
+                    f"{wanted} tokens, and nothing of it is in flight"
+                )
+            if new or always:
+                results.append((seq, new))
+        return results
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self._unfinished > 0
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot, those in prefill included."""
+        return sum(len(shard.residents) for shard in self._shards)
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    @property
+    def free_pages(self) -> list[int]:
+        """Per shard."""
+        return [shard.pages.free_pages for shard in self._shards]
+
+    @property
+    def bubble(self) -> Bubble:
+        """Overall: decode and prefill. A tick of the one takes another time than a tick of the other."""
+        return self.decode_bubble + self.prefill_bubble
+
+    # Admission and release
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.state = State.WAITING
+        heapq.heappush(self._queue, (seq.arrival, seq))
+        self._waiting += 1
+
+    def _admit(self) -> None:
+        """Gives slots and pages to the head of the queue as long as a shard has room for it.
+
+        Room is pages for all its tokens, and one page more for each resident that may still grow, itself included:
+        with less, the next decode blocks would preempt it again at once.
+        """
+        config = self.config
+        while self._queue:
+            seq = self._queue[0][1]
+            if seq.state is not State.WAITING:
+                heapq.heappop(self._queue)
+                continue
+            if seq.outstanding:  # preempted: its output is not fully known yet
+                return
+            target = len(seq.prompt) + len(seq.output)
+            pages = config.pages_for(target)
+            grows = pages < config.pages_for(seq.cache_tokens)
+            best = None
+            for shard in self._shards:
+                slots, free = shard.free_slots, shard.pages.free_pages
+                if slots and free >= pages + grows + shard.growing and (best is None or (free, slots) > best[:2]):
+                    best = free, slots, shard
+            if best is None:
+                return
+            shard = best[2]
+            heapq.heappop(self._queue)
+            self._waiting -= 1
+            self._admissions += 1
+            seq.state = State.PREFILL
+            seq.epoch = self._admissions
+            seq.shard = self._shards.index(shard)
+            seq.slot = shard.take_slot()
+            seq.pages = shard.pages.allocate(pages)
+            seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False
+            shard.growing += grows
+            bisect.insort(shard.residents, seq, key=_arrival)
+            bisect.insort(shard.filling, seq, key=_arrival)
+
+    def _release(self, seq: Sequence) -> None:
+        """Frees slot and pages. Its rows in the pipelines are stale from here on, known by their epoch."""
+        shard = self._shards[seq.shard]
+        shard.growing -= self._grows(seq)
+        shard.pages.free(seq.pages)
+        shard.return_slot(seq.slot)
+        _discard(shard.residents, seq)
+        _discard(shard.filling, seq)
+        seq.epoch, seq.shard, seq.slot, seq.pages, seq.in_flight = 0, -1, -1, (), False
+
+    def _grows(self, seq: Sequence) -> bool:
+        return len(seq.pages) < self.config.pages_for(seq.cache_tokens)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.preemptions += seq.prefilled > 0
+        self._release(seq)
+        self._enqueue(seq)
+
+    def _drain(self) -> None:
+        """Releases the sequences whose last pass has left the pipeline in what is dispatched already."""
+        for shard in self._shards:
+            for seq in [s for s in shard.residents if s.state is State.RUNNING and s.fed >= s.limit]:
+                if not seq.in_flight:
+                    self._release(seq)
+                    seq.state = State.DRAINED
+
+    # Prefill
+
+    def _prefill_tick(self, may_enter: bool) -> PrefillTick | None:
+        """A tick with entering rows; or an empty one, when rows in flight must leave first or nothing else is left."""
+        self._pipeline = [[self._live(rows) for rows in stage] for stage in self._pipeline]
+        occupied = [any(row for rows in stage for row in rows) for stage in self._pipeline]
+        ticks_to_empty = len(occupied) - occupied.index(True) if any(occupied) else 0
+        if may_enter:
+            self._admit()
+        if any(shard.filling for shard in self._shards):
+            if not may_enter:
+                return None
+            shape = self._choose_shape(ticks_to_empty)
+            enter = not ticks_to_empty or shape == self._shape
+        elif ticks_to_empty:
+            enter = False
+        else:
+            return None
+        if not ticks_to_empty:
+            self._shape = shape
+            self._pipeline = [self._empty_rows() for _ in range(self.config.stages - 1)]
+        entering = self._enter() if enter else self._empty_rows()
+        self._entered += enter
+
+        stages = [entering, *self._pipeline]
+        self._pipeline = stages[:-1]
+        for row in (row for rows in stages[-1] for row in rows if row):
+            row.seq.outstanding += 1
+            if row.final:
+                row.seq.state = State.RUNNING
+                row.seq.fed = row.seq.target
+        bubble = self.prefill_bubble
+        bubble.total += len(stages) * len(self._shards)
+        bubble.idle += sum(not any(rows) for stage in stages for rows in stage)
+        return PrefillTick(self._shape, stages)
+
+    @staticmethod
+    def _live(rows: list[PrefillRow | None]) -> list[PrefillRow | None]:
+        return [row if row and row.epoch == row.seq.epoch else None for row in rows]
+
+    def _empty_rows(self) -> list[list[PrefillRow | None]]:
+        return [[None] * self._shape[0] for _ in self._shards]
+
+    def _tick_tokens(self, shape: tuple[int, int]) -> int:
+        """Tokens that would enter in one tick of this shape."""
+        rows, chunk = shape
+        return sum(min(chunk, seq.target - seq.prefilled) for shard in self._shards for seq in shard.filling[:rows])
+
+    def _choose_shape(self, ticks_to_empty: int) -> tuple[int, int]:
+        """The shape that takes the most tokens in one tick, ties to the longer chunk.
+
+        While rows of one shape are in flight, another must first pay for itself: the waiting tokens at the new rate,
+        after the ticks that empty the pipeline, must take fewer ticks than at the present rate.
+        """
+        best = max(self.config.prefill_shapes, key=lambda shape: (self._tick_tokens(shape), shape[1]))
+        if not ticks_to_empty or best == self._shape:
+            return best
+        new, now = self._tick_tokens(best), self._tick_tokens(self._shape)
+        left = sum(seq.target - seq.prefilled for shard in self._shards for seq in shard.filling)
+        return best if ticks_to_empty * now * new < left * (new - now) else self._shape
+
+    def _enter(self) -> list[list[PrefillRow | None]]:
+        entering = self._empty_rows()
+        for shard, rows in zip(self._shards, entering, strict=True):
+            for r, seq in enumerate(shard.filling[: len(rows)]):
+                count = min(self._shape[1], seq.target - seq.prefilled)
+                final = seq.prefilled + count == seq.target
+                rows[r] = PrefillRow(seq, seq.prefilled, count, final, seq.epoch, seq.pages)
+                seq.prefilled += count
+            shard.filling = [seq for seq in shard.filling if seq.prefilled < seq.target]
+        return entering
+
+    # Decode
+
+    def _decode_block(self) -> DecodeBlock | None:
+        """One block for all rows that can be fed or have a pass in flight; None when paging left no such row."""
+        config = self.config
+        owners: list[list[Sequence | None]] = []
+        keep: list[list[bool]] = []
+        busy, full, any_owner = 0, True, False
+        for shard in self._shards:
+            self._grow(shard)
+            shard_owners: list[Sequence | None] = [None] * config.slots
+            for seq in shard.residents:
+                if seq.state is State.RUNNING:
+                    shard_owners[seq.slot] = seq
+                    any_owner = True
+            owners.append(shard_owners)
+        if not any_owner:
+            return None
+        for shard, shard_owners in zip(self._shards, owners, strict=True):
+            epochs = [seq.epoch if seq else 0 for seq in shard_owners]
+            keep.append([0 < now == last for now, last in zip(epochs, shard.last_epochs, strict=True)])
+            shard.last_epochs = epochs
+            fed, carried = [0] * config.stages, [False] * config.stages
+            for slot, seq in enumerate(shard_owners):
+                if seq is None:
+                    continue
+                microbatch = slot // config.rows
+                steps = max(0, min(config.decode_steps, seq.limit - seq.fed))
+                fed[microbatch] = max(fed[microbatch], steps)
+                carried[microbatch] |= seq.in_flight
+                seq.fed += steps
+                seq.in_flight = config.stages > 1 and steps == config.decode_steps
+                seq.outstanding += 1
+            for microbatch, steps in enumerate(fed):
+                # The pass that microbatch m enters in the last step does m of its S stage-ticks in the next block.
+                last = steps == config.decode_steps
+                busy += steps * config.stages - last * microbatch + carried[microbatch] * microbatch
+                full &= last
+        total = len(self._shards) * config.decode_steps * config.stages**2
+        block = Bubble(total - busy, total)
+        self.decode_bubble += block
+        if full and self._was_full:
+            self.steady_bubble += block
+        self._was_full = full
+        self._entered = 0
+        return DecodeBlock(config.decode_steps, owners, keep)
+
+    def _grow(self, shard: _Shard) -> None:
+        """Gives each decoding row, in order of arrival, the pages of its next K tokens; the latest arrivals pay."""
+        config, at = self.config, 0
+        while at < len(shard.residents):
+            seq = shard.residents[at]
+            at += 1
+            if seq.state is not State.RUNNING:
+                continue
+            more = config.pages_for(max(seq.fed, min(seq.limit, seq.fed + config.decode_steps))) - len(seq.pages)
+            while more > shard.pages.free_pages and seq.slot >= 0:
+                self._preempt(shard.residents[-1])
+            if more > 0 and seq.slot >= 0:
+                seq.pages += shard.pages.allocate(more)
+                shard.growing -= not self._grows(seq)
