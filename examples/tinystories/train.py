@@ -146,7 +146,7 @@ def precision(device: str):
 
 @torch.no_grad()
 def nats(model: LlamaForCausalLM, stories: list[list[int]], device: str, batch: int = 32) -> tuple[float, int]:
-    """Negative log-likelihood in nats, in float32, and number of tokens scored: each story alone, after its first token.
+    """Negative log-likelihood in nats, in float32, and tokens scored: each story alone, after its first token.
 
     No story may be longer than the context (see `fit_context`).
     """
