@@ -1,0 +1,26 @@
+"""Sets what JAX reads once, when it starts: eight virtual CPU devices, or the GPUs with ``JAXINFER_TEST_GPU=1``."""
+
+import os
+import shutil
+
+import pytest
+
+ON_GPU = os.environ.get("JAXINFER_TEST_GPU") == "1"
+
+if not ON_GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA's thread pool: with fewer than four threads per device, collectives that do not depend on each other deadlock
+    os.environ["NPROC"] = "32"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a GPU: run with JAXINFER_TEST_GPU=1 on a machine that has one")
+    no_slurm = pytest.mark.skip(reason="needs Slurm: srun is not on the PATH")
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_GPU:
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("slurm") and shutil.which("srun") is None:
+            item.add_marker(no_slurm)
