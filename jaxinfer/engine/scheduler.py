@@ -21,7 +21,7 @@ class SchedulerConfig:
     pages: int  # per shard, the null page included
     page_size: int  # tokens
     decode_steps: int  # K
-    prefill_shapes: tuple[tuple[int, int], ...]  # (R, C), all with the same R * C
+    prefill_shapes: tuple[tuple[int, int], ...]  # (R, C), all of about the same R * C
     prefill_ticks: int  # entering ticks between two decode blocks while sequences decode
 
     def __post_init__(self):
@@ -30,12 +30,8 @@ class SchedulerConfig:
                 raise ValueError(f"{name}: found {getattr(self, name)}, legal is at least 1")
         if self.pages < 2:
             raise ValueError(f"pages: found {self.pages}, legal is at least 2 (page 0 is the null page)")
-        budgets = {rows * chunk for rows, chunk in self.prefill_shapes}
-        if len(budgets) != 1 or min(min(shape) for shape in self.prefill_shapes) < 1:
-            raise ValueError(
-                f"prefill_shapes: found {self.prefill_shapes}, legal is a list of (R, C), both at least 1, "
-                "that all have the same R * C"
-            )
+        if not self.prefill_shapes or min(min(shape) for shape in self.prefill_shapes) < 1:
+            raise ValueError(f"prefill_shapes: found {self.prefill_shapes}, legal is (R, C), ... all at least 1")
 
     @property
     def slots(self) -> int:
@@ -176,7 +172,7 @@ class Scheduler:
 
     def schedule(self) -> PrefillTick | DecodeBlock | None:
         """The next dispatch; it counts as dispatched. None: there is none before results are completed."""
-        self._drain()
+        self._release_drained()
         decoding = any(seq.state is State.RUNNING for shard in self._shards for seq in shard.residents)
         may_enter = not decoding or self._entered < self.config.prefill_ticks
         dispatch = self._prefill_tick(may_enter)
@@ -320,7 +316,7 @@ class Scheduler:
         self._release(seq)
         self._enqueue(seq)
 
-    def _drain(self) -> None:
+    def _release_drained(self) -> None:
         """Releases the sequences whose last pass has left the pipeline in what is dispatched already."""
         for shard in self._shards:
             for seq in [s for s in shard.residents if s.state is State.RUNNING and s.fed >= s.limit]:
@@ -427,11 +423,11 @@ class Scheduler:
                 if seq is None:
                     continue
                 microbatch = slot // config.rows
-                steps = max(0, min(config.decode_steps, seq.limit - seq.fed))
+                steps = min(config.decode_steps, seq.limit - seq.fed)
                 fed[microbatch] = max(fed[microbatch], steps)
                 carried[microbatch] |= seq.in_flight
                 seq.fed += steps
-                seq.in_flight = config.stages > 1 and steps == config.decode_steps
+                seq.in_flight = microbatch > 0 and steps == config.decode_steps
                 seq.outstanding += 1
             for microbatch, steps in enumerate(fed):
                 # The pass that microbatch m enters in the last step does m of its S stage-ticks in the next block.
@@ -455,7 +451,7 @@ class Scheduler:
             at += 1
             if seq.state is not State.RUNNING:
                 continue
-            more = config.pages_for(max(seq.fed, min(seq.limit, seq.fed + config.decode_steps))) - len(seq.pages)
+            more = config.pages_for(min(seq.limit, seq.fed + config.decode_steps)) - len(seq.pages)
             while more > shard.pages.free_pages and seq.slot >= 0:
                 self._preempt(shard.residents[-1])
             if more > 0 and seq.slot >= 0:
