@@ -1,0 +1,94 @@
+"""Reading slices of leaves: only the chunk files that a slice touches, whole and in order, checksums checked."""
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import xxhash
+
+from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.manifest import PARAMS, read_manifest
+
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+
+
+class Reader:
+    """A checkpoint open for reading. `manifest` is its manifest; `bytes_read` counts the bytes of chunk files read."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self.bytes_read = 0
+
+    def read(self, leaf: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of a leaf that `index` cuts out, one slice of step 1 per dimension.
+
+        Where the slice holds whole chunks that lie together in memory, they are read straight into the result.
+
+        Raises:
+          KeyError: no such leaf.
+          CheckpointError: a chunk file is missing, truncated or changed; the message names it and says which.
+        """
+        info = self.manifest.leaves[leaf]
+        dtype, chunks = DTYPES[info["dtype"]], tuple(info["chunks"])
+        bounds = [each.indices(size) for each, size in zip(index, info["shape"], strict=True)]
+        if any(step != 1 for _, _, step in bounds):
+            raise ValueError(f"{leaf}: slices must have step 1, got {index}")
+        bounds = [(start, max(start, stop)) for start, stop, _ in bounds]
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        scratch = None
+        for key, source, target in _touched(bounds, chunks):
+            part = out[target]
+            whole = part.shape == chunks and part.flags.c_contiguous
+            if not whole and scratch is None:
+                scratch = np.empty(chunks, dtype)
+            chunk = part if whole else scratch
+            self._read_file(f"{PARAMS}/{leaf}/{'.'.join(map(str, key))}", chunk)
+            if not whole:
+                part[...] = chunk[source]
+        return out
+
+    def _read_file(self, name: str, into: np.ndarray) -> None:
+        path, data = self.folder / name, memoryview(into.reshape(-1).view(np.uint8))
+        expected = self.manifest.files.get(name)
+        if expected is None or expected["bytes"] != len(data):
+            found = "no entry" if expected is None else f"{expected['bytes']} bytes"
+            raise CheckpointError(f"{path}: the manifest has {found} for it, its leaf needs {len(data)} bytes: damaged")
+        try:
+            read = read_into(path, data)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing; convert the model again") from None
+        if read != len(data):
+            kind = "truncated" if read < len(data) else "longer than it was written"
+            raise CheckpointError(f"{path}: {kind}: {path.stat().st_size} bytes, expected {len(data)}")
+        self.bytes_read += read
+        if xxhash.xxh3_128_hexdigest(data) != expected["xxh3_128"]:
+            raise CheckpointError(f"{path}: its bytes changed since it was written (xxh3_128 differs); convert again")
+
+
+def read_into(path: Path, data: memoryview) -> int:
+    """Fills `data` from the start of a file with plain sequential reads; a result above its length means more follows."""
+    done = 0
+    with open(path, "rb", buffering=0) as file:
+        while done < len(data) and (count := file.readinto(data[done:])):
+            done += count
+        return done + len(file.read(1))
+
+
+Bounds = list[tuple[int, int]]
+Cut = tuple[slice, ...]
+
+
+def _touched(bounds: Bounds, chunks: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Cut, Cut]]:
+    """Per chunk that the bounds touch: its key, the part of the chunk, and the part of the result that it fills."""
+
+    def along(start: int, stop: int, size: int) -> Iterator[tuple[int, slice, slice]]:
+        for key in range(start // size, -(-stop // size) if stop > start else start // size):
+            low, high = max(start, key * size), min(stop, (key + 1) * size)
+            yield key, slice(low - key * size, high - key * size), slice(low - start, high - start)
+
+    for parts in product(*(list(along(start, stop, size)) for (start, stop), size in zip(bounds, chunks))):
+        keys, source, target = zip(*parts)
+        yield keys, source, target
