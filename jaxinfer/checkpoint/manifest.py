@@ -17,9 +17,9 @@ TOKENIZER = "tokenizer"
 class Manifest:
     """``manifest.json``. Paths are relative to the checkpoint folder, sizes in bytes.
 
-    model: the model config as JSON; leaves: name to {shape, dtype, chunks}, where chunks is the shape of one chunk file;
-    files: chunk file to {bytes, xxh3_128}; sources: file that was converted to {bytes, sha256}; tokenizer: names in
-    ``tokenizer/``; parameters: how many numbers the leaves hold.
+    model: the model config as JSON; leaves: name to {shape, dtype, chunks}, where chunks is the shape of one chunk
+    file; files: chunk file to {bytes, xxh3_128}; sources: file that was converted to {bytes, sha256}; tokenizer: names
+    in ``tokenizer/``; parameters: how many numbers the leaves hold.
     """
 
     model: dict[str, Any]
@@ -64,7 +64,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not isinstance(data, dict) or not isinstance(data.get("format"), int):
         raise CheckpointError(f"{path}: damaged, no format number")
     if data["format"] > FORMAT:
-        raise CheckpointError(f"{path}: format {data['format']} is newer than this jaxinfer reads (up to {FORMAT}); update")
+        raise CheckpointError(f"{path}: format {data['format']} is newer than this version reads ({FORMAT}); update")
     names = {field.name for field in fields(Manifest)}
     if missing := names - data.keys():
         raise CheckpointError(f"{path}: damaged, missing {', '.join(sorted(missing))}")

@@ -9,17 +9,18 @@ import numpy as np
 import xxhash
 
 from jaxinfer.checkpoint.files import CheckpointError
-from jaxinfer.checkpoint.manifest import PARAMS, read_manifest
+from jaxinfer.checkpoint.manifest import PARAMS, Manifest, read_manifest
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 class Reader:
-    """A checkpoint open for reading. `manifest` is its manifest; `bytes_read` counts the bytes of chunk files read."""
+    """A checkpoint open for reading. `manifest` is its manifest, read from the folder unless given; `bytes_read` counts
+    the bytes of chunk files read."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, manifest: Manifest | None = None):
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
+        self.manifest = manifest or read_manifest(folder)
         self.bytes_read = 0
 
     def read(self, leaf: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -69,7 +70,7 @@ class Reader:
 
 
 def read_into(path: Path, data: memoryview) -> int:
-    """Fills `data` from the start of a file with plain sequential reads; a result above its length means more follows."""
+    """Fills `data` from the start of a file with plain reads; a result above its length means that more follows."""
     done = 0
     with open(path, "rb", buffering=0) as file:
         while done < len(data) and (count := file.readinto(data[done:])):

@@ -45,7 +45,7 @@ def write_leaf(
 ) -> dict[str, dict[str, Any]]:
     """Writes one leaf beside its place, makes it durable, then renames it there (over an older one).
 
-    Memory beyond `array` is a few MB. Returns, per chunk file relative to the checkpoint folder, its bytes and xxh3_128.
+    Memory beyond `array` is a few MB. Returns, per chunk file (relative to the checkpoint folder), bytes and xxh3_128.
     """
     params_dir = Path(params_dir)
     aside, place = params_dir / (name + PARTIAL), params_dir / name
@@ -88,7 +88,7 @@ def _write_chunk(path: Path, array: np.ndarray, key: Sequence[int], chunks: Sequ
 
 
 def _blocks(view: np.ndarray, chunks: Sequence[int]) -> Iterator[np.ndarray]:
-    """The chunk's content in C order as contiguous blocks of rows; an edge chunk is padded with zeros to its full shape."""
+    """The chunk in C order as contiguous blocks of rows; an edge chunk is padded with zeros to its full shape."""
     rows = max(1, _BLOCK // max(1, view[:1].nbytes))
     for start in range(0, chunks[0], rows):
         block = view[start : start + rows]

@@ -7,7 +7,7 @@ from jaxinfer.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array of the checkpoint: its shape and, per dimension, the logical axis (see parallel/placement.py `Rules`)."""
+    """An array of the checkpoint: its shape and, per dimension, the logical axis (parallel/placement.py `Rules`)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]

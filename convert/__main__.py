@@ -1,0 +1,76 @@
+"""``python -m convert``: the command line of the converter."""
+
+import argparse
+import sys
+import time
+
+from tqdm import tqdm
+
+from convert.plan import DTYPES
+from convert.run import convert
+from convert.tensor import ConvertError
+from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.models.config import ConfigError
+
+DESCRIPTION = """\
+Converts a Hugging Face folder of the LLaMA family (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) to a
+jaxinfer checkpoint, which loads onto any mesh. Reads .safetensors, or PyTorch .bin files without running code from
+their pickle. Works tensor by tensor: any model fits in a few GB of memory."""
+
+EXAMPLES = """\
+examples:
+  convert, in the dtype that the weights have:
+    python -m convert --source open_llama_3b_v2 --output ckpt/openllama-3b
+  float32 weights to bfloat16, then read everything back and compare it with the source:
+    python -m convert --source my-llama --output ckpt/my-llama --dtype bfloat16 --verify
+  interrupted? the same command again finishes the rest; a folder is complete once it holds manifest.json.
+  then:
+    python -m jaxinfer.generate --model ckpt/openllama-3b --prompt "Once upon a time"
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m convert",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--source", required=True, metavar="HF_DIR", help="folder with config.json, weights and perhaps a tokenizer"
+    )
+    parser.add_argument("--output", required=True, metavar="CKPT_DIR", help="folder to write; made if absent")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the checkpoint (default: the source's)")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the checkpoint back and compare every tensor with the source"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0 when the checkpoint is complete, 1 when it is refused (reason on stderr), 130 when interrupted."""
+    args = parse(arguments)
+    started = time.perf_counter()
+    try:
+        manifest, written = convert(args.source, args.output, args.dtype, args.verify)
+    except (ConvertError, ConfigError, CheckpointError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("convert: interrupted; run the same command again to finish", file=sys.stderr)
+        return 130
+    seconds = time.perf_counter() - started
+    size = sum(file["bytes"] for file in manifest.files.values())
+    verified = ", verified against the source" if args.verify else ""
+    if written:
+        total, rate = (tqdm.format_sizeof(number, "B", 1024) for number in (size, size / seconds))
+        done = f"{len(manifest.leaves)} leaves, {total} in {seconds:.1f} s ({rate}/s)"
+    else:
+        done = "already converted"
+    tokenizer = "with its tokenizer" if manifest.tokenizer else "without a tokenizer (runs on token ids)"
+    print(f"{args.output}: {done}{verified}: {manifest.parameters:,} parameters in {manifest.dtype}, {tokenizer}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
