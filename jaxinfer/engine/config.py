@@ -54,8 +54,8 @@ class EngineConfig:
     def prefill_shapes(self) -> tuple[tuple[int, int], ...]:
         """(rows, tokens per row) of a prefill tick, all of `prefill_chunk` tokens: one long prompt or many short."""
         chunk = self.prefill_chunk
-        shapes = {(chunk // length, length) for length in (chunk, chunk // 4, chunk // 16) if length >= 8}
-        return tuple(sorted((min(rows, self.max_batch), length) for rows, length in shapes | {(1, chunk)}))
+        rows = [rows for rows in (1, 4, 16) if chunk % rows == 0 and chunk // rows >= 8 and rows <= self.max_batch]
+        return tuple((each, chunk // each) for each in rows or [1])
 
     def table_widths(self, max_context: int) -> tuple[int, ...]:
         """Block table widths that programs are compiled for, in pages: each four times the one before."""

@@ -1,0 +1,248 @@
+"""The loop from requests to tokens. Every process runs the same loop on the same requests and reads the same results."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+
+from jaxinfer.checkpoint.load import load
+from jaxinfer.checkpoint.manifest import read_manifest
+from jaxinfer.checkpoint.reader import Reader
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.emit import Emitted
+from jaxinfer.engine.forward import Decoder
+from jaxinfer.engine.memory import device_limit, plan_memory
+from jaxinfer.engine.request import Request, Stats, Update
+from jaxinfer.engine.runner import Result, Runner
+from jaxinfer.engine.sample import Sample
+from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
+from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.parallel.mesh import make_mesh, mesh_sizes, parse_mesh
+from jaxinfer.parallel.placement import Rules, check_layout
+from jaxinfer.parallel.stages import balance
+from jaxinfer.tokenizer import load_tokenizer
+
+
+class Engine:
+    """Loads a checkpoint onto a mesh and turns requests into tokens: `add`, then `step` while `has_unfinished`.
+
+    `loading` is told (bytes placed so far, bytes in all) while this process's weights load.
+
+    Raises:
+      LayoutError: a mesh that the model cannot have or that does not fit, before anything is allocated.
+    """
+
+    def __init__(
+        self, path: str | Path, config: EngineConfig, loading: Callable[[int, int], None] = lambda done, total: None
+    ):
+        self.path, self.config = Path(path), config
+        self.manifest = read_manifest(self.path)
+        self.model: ModelConfig = ModelConfig.from_json(self.manifest.model)
+        self.dtype = jnp.dtype(config.dtype or self.manifest.dtype)
+        self.max_context = min(config.max_context or self.model.max_context, self.model.max_context)
+        self.mesh = make_mesh(parse_mesh("") | dict(config.mesh))
+        sizes, rules, model = mesh_sizes(self.mesh), Rules(), self.model
+        check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, rules, sizes)
+        self.stage_layers = config.stage_layers or balance(model.num_layers, sizes["stage"])
+        decoder = Decoder(model, self.stage_layers)
+        limit = min(map(device_limit, jax.local_devices()))
+        self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
+        self.tokenizer = load_tokenizer(self.path)
+        self.eos_token_ids = _eos_token_ids(self.path, model)
+        self.stats = Stats()
+        params = self._load(decoder, rules, loading)
+        self._runner = Runner(
+            decoder, config, self.mesh, rules, self.dtype, params, self.memory.pages, self.max_context, self.eos_token_ids
+        )
+        rows = self._runner.programs.rows()
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                shards=sizes["data"],
+                stages=sizes["stage"],
+                rows=rows,
+                pages=self.memory.pages,
+                page_size=config.page_size,
+                decode_steps=config.decode_steps,
+                prefill_shapes=config.prefill_shapes(),
+                prefill_ticks=config.prefill_ticks,
+            )
+        )
+        self._samples: dict[Sequence, Sample] = {}
+        self._open: dict[str, list[Sequence]] = {}
+        self._next_uid = 0
+        self._in_flight: deque[tuple[PrefillTick | DecodeBlock, Result, float]] = deque()
+        self._last_read = 0.0
+
+    def add(self, request: Request) -> None:
+        """Takes a request in; its samples are the sequences 0 to n - 1.
+
+        Raises:
+          ValueError: an id in use, an empty prompt or one that fills the context, a token id or a sampling parameter
+            outside the vocabulary, or more tokens than the cache can ever hold.
+        """
+        prompt, params, vocabulary = tuple(request.prompt_token_ids), request.params, self.model.vocab_size
+        if request.id in self._open:
+            raise ValueError(f"id {request.id!r} is in use by an unfinished request")
+        if not prompt:
+            raise ValueError("the prompt is empty; legal: at least 1 token")
+        wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is out of range; legal: 0 to {vocabulary - 1}")
+        if len(prompt) >= self.max_context:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; legal: up to {self.max_context - 1} (max_context - 1)")
+        params.check_vocabulary(vocabulary)
+        room = self.max_context - len(prompt)
+        capped = params if params.max_new_tokens <= room else params.merge({"max_new_tokens": room})
+        sequences = []
+        for index in range(params.n):
+            if params.seed is None:
+                seed = xxhash.xxh32_intdigest(f"{self.config.seed}/{request.id}/{index}".encode())
+            else:
+                seed = (params.seed + index) % 2**32
+            scored = params.prompt_logprobs is not None and index == 0
+            own = capped if scored or params.prompt_logprobs is None else capped.merge({"prompt_logprobs": None})
+            sequences.append(Sequence(self._next_uid, request.id, index, prompt, own, seed, scored))
+            self._next_uid += 1
+        for sequence in sequences:
+            self.scheduler.add(sequence)  # refuses the first if any: all ask for the same pages
+        now = time.perf_counter()
+        for sequence in sequences:
+            own = replace(request, params=sequence.params)
+            self._samples[sequence] = Sample(own, sequence, self.tokenizer, self.eos_token_ids, now)
+        self._open[request.id] = sequences
+
+    def abort(self, request_id: str) -> list[Update]:
+        """Ends a request now; what it has so far comes back with the finish reason ``abort``."""
+        now = time.perf_counter()
+        updates = []
+        for sequence in self._open.pop(request_id, []):
+            if sequence in self._samples:
+                self.scheduler.abort(sequence)
+                updates.append(self._samples.pop(sequence).aborted(now))
+        return updates
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[Update]:
+        """Enqueues the next dispatch, then reads the one before: the device works while the host looks at tokens."""
+        dispatch = self.scheduler.schedule()
+        if dispatch is not None:
+            run = self._runner.prefill if isinstance(dispatch, PrefillTick) else self._runner.decode
+            self._count(dispatch)
+            self._in_flight.append((dispatch, run(dispatch), time.perf_counter()))
+            self.stats.compiled_programs = self._runner.programs.count
+        elif not self._in_flight:
+            if self.has_unfinished():
+                raise RuntimeError("the scheduler has unfinished sequences but nothing to dispatch or to wait for")
+            return []
+        if len(self._in_flight) < 2 and dispatch is not None:
+            return []
+        return self._read(*self._in_flight.popleft())
+
+    def _read(self, dispatch: PrefillTick | DecodeBlock, result: Result, dispatched: float) -> list[Update]:
+        emitted, scored = result.read()
+        now = time.perf_counter()
+        took = now - max(dispatched, self._last_read)
+        self._last_read = now
+        if isinstance(dispatch, PrefillTick):
+            self.stats.prefill_seconds += took
+            at = {
+                row.seq: (slice(None), shard, index)
+                for shard, rows in enumerate(dispatch.stages[-1])
+                for index, row in enumerate(rows)
+                if row is not None
+            }
+            self._take_scores(dispatch, scored)
+            arrays = jax.tree.map(lambda each: each[None], emitted)
+        else:
+            self.stats.decode_seconds += took
+            owners = enumerate(dispatch.owners)
+            at = {seq: (slice(None), shard, slot) for shard, row in owners for slot, seq in enumerate(row) if seq}
+            arrays = emitted
+        updates = []
+        for sequence, tokens in self.scheduler.complete(dispatch, emitted.tokens):
+            sample = self._samples.get(sequence)
+            if sample is None:
+                continue
+            if isinstance(dispatch, DecodeBlock):
+                self.stats.decode_tokens += len(tokens)
+            details = _emitted_rows(arrays, at[sequence]) if sequence.params.logprobs is not None else None
+            update = sample.add(tokens, details, now)
+            if update.output is not None:
+                self._finish(sequence)
+            if update.token_ids or update.text or update.output is not None:
+                updates.append(update)
+        return updates
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        del self._samples[sequence]
+        if not any(each in self._samples for each in self._open[sequence.request_id]):
+            del self._open[sequence.request_id]
+
+    def _take_scores(self, tick: PrefillTick, scored: Emitted | None) -> None:
+        for shard, rows in enumerate(tick.stages[-1]):
+            for index, row in enumerate(rows):
+                if row is not None and row.seq.score and row.seq in self._samples:
+                    part = jax.tree.map(lambda each: each[shard, index, : row.count], scored)
+                    self._samples[row.seq].add_prompt_logprobs(row.start, part)
+
+    def _count(self, dispatch: PrefillTick | DecodeBlock) -> None:
+        stats, scheduler = self.stats, self.scheduler
+        if isinstance(dispatch, PrefillTick):
+            stats.prefill_dispatches += 1
+            stats.prefill_tokens += sum(row.count for rows in dispatch.stages[0] for row in rows if row is not None)
+        else:
+            stats.decode_dispatches += 1
+            cached = sum(sequence.fed for row in dispatch.owners for sequence in row if sequence is not None)
+            per_token = self.memory.page // self.config.page_size
+            ticks = dispatch.steps * self.mesh.shape["stage"]
+            read_cache = dispatch.steps * cached * per_token // self.mesh.shape["data"]
+            stats.decode_bytes += ticks * self._weight_bytes_per_tick + read_cache
+        stats.stage_ticks, stats.idle_stage_ticks = scheduler.bubble.total, scheduler.bubble.idle
+        stats.steady_stage_ticks = scheduler.steady_bubble.total
+        stats.steady_idle_stage_ticks = scheduler.steady_bubble.idle
+        stats.preemptions = scheduler.preemptions
+
+    def _load(self, decoder: Decoder, rules: Rules, loading: Callable[[int, int], None]) -> Any:
+        began, done = time.perf_counter(), 0
+        total = self.memory.weights * len(jax.local_devices()[: self.mesh.size])
+
+        def loaded(size: int) -> None:
+            nonlocal done
+            done += size
+            loading(min(done, total), total)
+
+        reader = Reader(self.path, self.manifest)
+        params = load(reader.read, decoder.parameters(), self.mesh, rules, np.dtype(self.dtype), loaded)
+        self.stats.load_seconds = time.perf_counter() - began
+        self.stats.load_bytes = reader.bytes_read
+        # a decode tick reads every weight on the device, but of an untied embedding only a row per sequence
+        embed = params["ends"]["embed"].addressable_data(0).nbytes
+        self._weight_bytes_per_tick = self.memory.weights - (0 if self.model.tied else embed)
+        return params
+
+
+def _emitted_rows(arrays: Emitted, at: tuple[Any, ...]) -> Emitted:
+    """The steps [K, ...] in which one row emitted a token."""
+    rows = jax.tree.map(lambda each: each[at], arrays)
+    emitted = rows.tokens >= 0
+    return jax.tree.map(lambda each: each[emitted], rows)
+
+
+def _eos_token_ids(path: Path, model: ModelConfig) -> tuple[int, ...]:
+    """The config's end tokens and those that generation_config.json adds (chat models list their turn end there only)."""
+    file = path / "tokenizer" / "generation_config.json"
+    more = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    more = more if isinstance(more, list) else [] if more is None else [more]
+    return tuple(sorted({*model.eos_token_ids, *more}))

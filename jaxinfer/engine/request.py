@@ -1,0 +1,87 @@
+"""What goes into the engine and what comes out of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.engine.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids and how to continue it."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's logprob (natural log, of the raw logits), its rank (1 is the likeliest) and the likeliest tokens."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        top = [{"token_id": token, "logprob": logprob} for token, logprob in self.top]
+        return {"token_id": self.token_id, "logprob": self.logprob, "rank": self.rank, "top": top}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One finished sample. Times are seconds since the request was added, on this process's clock.
+
+    `finish_reason` is ``stop`` (end-of-sequence token, stop token or stop string), ``length`` or ``abort``. `token_ids`
+    keep the stop token; `text` has neither it nor the stop string. `prompt_logprobs` starts with None: nothing comes
+    before the first token."""
+
+    id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_s: float
+    latency_s: float
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step added to a sample: new tokens and text, and the whole `output` when it is finished."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    output: Output | None = None
+
+
+@dataclass
+class Stats:
+    """Counts over the engine's life. Bytes are per device; stage-ticks count every stage in every tick."""
+
+    load_seconds: float = 0.0
+    load_bytes: int = 0  # read by this process
+    prefill_dispatches: int = 0
+    decode_dispatches: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_bytes: int = 0  # weights and cached keys and values that the decode steps had to read
+    stage_ticks: int = 0
+    idle_stage_ticks: int = 0
+    steady_stage_ticks: int = 0
+    steady_idle_stage_ticks: int = 0
+    preemptions: int = 0
+    compiled_programs: int = 0
+
+
+def stop_ids(params: SamplingParams, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens that end a request."""
+    return tuple(params.stop_token_ids) + (() if params.ignore_eos else eos_token_ids)

@@ -1,0 +1,81 @@
+"""One sample on the host: its text, its logprobs, and whether the new tokens end it."""
+
+from typing import Any
+
+from jaxinfer.engine.detokenize import TextStream
+from jaxinfer.engine.emit import Emitted
+from jaxinfer.engine.request import Output, Request, TokenLogprob, Update, stop_ids
+from jaxinfer.engine.sequence import Sequence
+
+
+class Sample:
+    """Takes the tokens of one sequence as they arrive."""
+
+    def __init__(self, request: Request, sequence: Sequence, tokenizer: Any, eos: tuple[int, ...], arrived: float):
+        params = request.params
+        self.sequence = sequence
+        self._request = request
+        self._arrived = arrived
+        self._first: float | None = None
+        self._stops = set(stop_ids(params, eos))
+        self._stream = None if tokenizer is None else TextStream(tokenizer, request.prompt_token_ids, params.stop)
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob | None] = [None] * len(request.prompt_token_ids)
+
+    def add_prompt_logprobs(self, start: int, scored: Emitted) -> None:
+        """Logprobs of the tokens from start + 1 on, arrays [count, ...]."""
+        top = self._request.params.prompt_logprobs
+        for offset in range(min(len(scored.tokens), len(self._prompt_logprobs) - start - 1)):
+            self._prompt_logprobs[start + 1 + offset] = _token_logprob(scored, offset, top)
+
+    def add(self, tokens: list[int], emitted: Emitted | None, now: float) -> Update:
+        """New tokens and, where logprobs were asked for, their arrays [count, ...]. The update's output is set when the
+        sample is finished; tokens beyond the stop are dropped."""
+        self._first = self._first or now
+        params, reason = self._request.params, None
+        for count, token in enumerate(tokens, 1):
+            if token in self._stops and len(self._token_ids) + count > params.min_new_tokens:
+                tokens, reason = tokens[:count], "stop"
+                break
+        known = len(self._token_ids)
+        self._token_ids += tokens
+        if params.logprobs is not None:
+            self._logprobs += [_token_logprob(emitted, offset, params.logprobs) for offset in range(len(tokens))]
+        text = ""
+        if self._stream is not None:
+            ended = [self._token_ids[-1]] if reason else []  # a stop token is not part of the text
+            text = self._stream.append(tokens[: len(tokens) - len(ended)])
+            if self._stream.stopped is not None:
+                reason = "stop"
+                del self._token_ids[self._stream.stopped_tokens :], self._logprobs[self._stream.stopped_tokens :]
+                tokens = self._token_ids[known:]
+        if reason is None and len(self._token_ids) >= self.sequence.params.max_new_tokens:
+            reason = "length"
+        if reason and self._stream is not None:
+            text += self._stream.finish()
+        return Update(self._request.id, self.sequence.index, tokens, text, self._output(reason, now) if reason else None)
+
+    def aborted(self, now: float) -> Update:
+        return Update(self._request.id, self.sequence.index, [], "", self._output("abort", now))
+
+    def _output(self, reason: str, now: float) -> Output:
+        params = self._request.params
+        return Output(
+            id=self._request.id,
+            index=self.sequence.index,
+            text="" if self._stream is None else self._stream.text,
+            token_ids=list(self._token_ids),
+            finish_reason=reason,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            completion_tokens=len(self._token_ids),
+            ttft_s=(self._first or now) - self._arrived,
+            latency_s=now - self._arrived,
+            logprobs=None if params.logprobs is None else self._logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else self._prompt_logprobs,
+        )
+
+
+def _token_logprob(emitted: Emitted, at: int, top: int) -> TokenLogprob:
+    likeliest = [(int(token), float(logprob)) for token, logprob in zip(emitted.top_ids[at], emitted.top_logprobs[at])]
+    return TokenLogprob(int(emitted.tokens[at]), float(emitted.logprob[at]), int(emitted.rank[at]), likeliest[:top])
