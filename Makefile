@@ -13,6 +13,7 @@ export NPROC ?= 32
 export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+.DELETE_ON_ERROR:
 .PHONY: demo test lint clean
 
 demo: .venv/installed $(MODEL)/manifest.json
