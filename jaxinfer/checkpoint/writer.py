@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.files import sync_folder, write_whole
 PIECES = 8
 PARTIAL = ".partial"
 _CUT_AXES = ("vocab", "heads", "kv_heads", "mlp")
-_BLOCK = 16 << 20
+_BLOCK = 4 << 20
 
 
 def chunk_shape(shape: Sequence[int], axes: Sequence[str | None]) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def write_leaf(
         "order": "C",
         "dimension_separator": ".",
     }
-    write_whole(aside / ".zarray", json.dumps(meta).encode())
+    write_whole(aside / ".zarray", json.dumps(meta).encode())  # syncs the folder, so the chunks' names too
     os.rename(aside, place)
     sync_folder(params_dir)
     return files

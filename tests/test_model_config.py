@@ -1,0 +1,226 @@
+"""Reading config.json: what transformers reads from a file, we read from it too."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from jaxinfer.models.config import ConfigError, ModelConfig, from_hf
+from jaxinfer.models.leaves import leaves
+from jaxinfer.ops.rope import angles
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FACTORS = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "dynamic with a field that it must not use": {
+        "rope_type": "dynamic",
+        "factor": 2,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"factor": 4.0},
+    "yarn, all numbers": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "truncate": False,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    },
+    "yarn, attention factor": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3},
+    "yarn, factor null": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope": {"original_max_position_embeddings": 32, **FACTORS},
+    "longrope, factor": {"rope_type": "longrope", "factor": 3.0, "original_max_position_embeddings": 32, **FACTORS},
+    "longrope, attention factor": {
+        "rope_type": "longrope",
+        "attention_factor": 1.2,
+        "original_max_position_embeddings": 32,
+        **FACTORS,
+    },
+}
+
+
+def _spelled(spelling, kind, given, theta):
+    """The same rope as a config.json of transformers 5, of 4 ("type") or of 4.43 ("rope_type") would give it."""
+    given = {"rope_type": kind, **given}
+    if spelling == "rope_parameters":
+        return BASE | {"rope_parameters": given | {"rope_theta": theta}}
+    if spelling == "type":
+        given["type"] = given.pop("rope_type")
+    return BASE | {"rope_theta": theta, "rope_scaling": given if kind != "default" else None}
+
+
+def _read_by_transformers(tmp_path, hf):
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    return AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_type", "type"])
+@pytest.mark.parametrize("case", ROPES)
+def test_every_rope_in_every_spelling_turns_as_transformers_does(tmp_path, case, spelling):
+    hf = _spelled(spelling, case.split(",")[0].split()[0], ROPES[case], 5000.0)
+    theirs = _read_by_transformers(tmp_path, hf)
+    ours = from_hf(hf)
+    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"] == 5000.0
+    for length in (20, 50, 90):  # within and beyond the trained context
+        positions = np.arange(length)[None]
+        rotary = LlamaRotaryEmbedding(theirs)
+        expected = rotary(torch.zeros(1), torch.from_numpy(positions))
+        found = angles(ours.rope, ours.head_dim, jax.numpy.asarray(positions), jax.numpy.asarray([length]))
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(np.asarray(one), other[..., : ours.head_dim // 2].numpy(), atol=3e-5)
+
+
+def test_where_a_file_has_both_spellings_the_choice_is_transformers(tmp_path):
+    hf = BASE | {
+        "rope_theta": 700.0,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 900.0},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
+    theirs, ours = _read_by_transformers(tmp_path, hf).rope_parameters, from_hf(hf).rope
+    assert (ours.theta, ours.parameters["factor"]) == (theirs["rope_theta"], theirs["factor"])
+
+
+def test_trained_length_outside_the_rope_dict_is_the_one_that_counts(tmp_path):
+    llama3 = ROPES["llama3"]
+    hf = BASE | {"rope_scaling": {"rope_type": "llama3", **llama3}, "original_max_position_embeddings": 16}
+    theirs, ours = _read_by_transformers(tmp_path, hf), from_hf(hf).rope
+    theirs.standardize_rope_params()  # as its rotary embedding does before it computes anything
+    name = "original_max_position_embeddings"
+    assert ours.parameters[name] == theirs.rope_parameters[name] == 16
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        (None, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "llama3", **ROPES["llama3"]}, 64),
+        ({"rope_type": "longrope", **ROPES["longrope"]}, 64),
+    ],
+)
+def test_context_is_what_the_rope_stretches_to(rope, context):
+    assert from_hf(BASE | {"rope_scaling": rope}).max_context == context
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("change", [{}, {"num_key_value_heads": None}, {"head_dim": 20}, {"tie_word_embeddings": True}])
+def test_shapes_are_those_of_transformers(tmp_path, family, change):
+    if family == "mistral" and "num_key_value_heads" in change:
+        pytest.skip("transformers refuses null for this family")
+    name = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
+    hf = BASE | {"architectures": [name], "model_type": family} | change
+    theirs, ours = _read_by_transformers(tmp_path, hf), from_hf(hf)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.tied == theirs.tie_word_embeddings
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.activation == theirs.hidden_act
+    assert ("head" in leaves(ours)) == (not theirs.tie_word_embeddings)
+    assert ("layers.0.q_bias" in leaves(ours)) == (family == "qwen2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"sliding_window": None},
+        {"sliding_window": 8},
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+        {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1},
+        {"use_sliding_window": True, "max_window_layers": 2},
+        {
+            "sliding_window": 8,
+            "use_sliding_window": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ],
+)
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_windows_are_those_of_transformers(tmp_path, family, change):
+    if family == "mistral" and "layer_types" in change:
+        pytest.skip("transformers ignores layer_types of this family")
+    name = {"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
+    hf = BASE | {"architectures": [name], "model_type": family} | change
+    theirs = _read_by_transformers(tmp_path, hf)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 3
+    expected = tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    assert from_hf(hf).windows == expected
+
+
+def test_end_tokens_of_the_generation_config_count():
+    assert from_hf(BASE).eos_token_ids == (2,)
+    assert from_hf(BASE, {"eos_token_id": [5, 6], "temperature": 0.6}).eos_token_ids == (5, 6)
+    assert from_hf(BASE, {"eos_token_id": None}).eos_token_ids == (2,)
+    assert from_hf(BASE | {"eos_token_id": None}).eos_token_ids == ()
+
+
+def test_config_survives_json():
+    longrope = BASE | {"rope_scaling": {"rope_type": "longrope", **ROPES["longrope"]}}
+    for hf in (BASE, longrope, BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 8}):
+        config = from_hf(hf, {"eos_token_id": [3, 4]})
+        assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["FalconForCausalLM"]}, "architectures: 'FalconForCausalLM' .*LlamaForCausalLM"),
+        ({"architectures": None}, r"architectures: '\(none\)'"),
+        ({"hidden_act": "swiglu"}, "hidden_act: 'swiglu' .*silu"),
+        ({"vocab_size": None}, "vocab_size: .* found nothing"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers: .* found '3'"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers: .* found 2.5"),
+        ({"hidden_size": -64}, "hidden_size: .* found -64"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads 4"),
+        ({"hidden_size": 62}, "hidden_size: 62 is not a multiple of num_attention_heads 4"),
+        ({"head_dim": 15}, "head_dim: 15 is odd"),
+        ({"rope_scaling": {"type": "su", "factor": 2}}, "rope_type: 'su' .*default, linear"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "linear rope's factor: .* found nothing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn rope's factor: .* found nothing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 rope's low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "short_factor: .* 8 numbers, found 1 of"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8}},
+            "long_factor: .* 8 numbers, found None",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set per layer type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0"),
+        ({"architectures": ["MistralForCausalLM"], "num_key_value_heads": ...}, "num_key_value_heads: .* nothing"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused_by_field(change, message):
+    hf = {name: value for name, value in (BASE | change).items() if value is not ...}
+    with pytest.raises(ConfigError, match=message):
+        from_hf(hf)
