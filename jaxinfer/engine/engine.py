@@ -139,8 +139,9 @@ class Engine:
         if dispatch is not None:
             run = self._runner.prefill if isinstance(dispatch, PrefillTick) else self._runner.decode
             self._count(dispatch)
-            self._in_flight.append((dispatch, run(dispatch), time.perf_counter()))
-            self.stats.compiled_programs = self._runner.programs.count
+            result, programs = run(dispatch), self._runner.programs
+            self._in_flight.append((dispatch, result, time.perf_counter() - programs.compile_seconds))
+            self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
         elif not self._in_flight:
             if self.has_unfinished():
                 raise RuntimeError("the scheduler has unfinished sequences but nothing to dispatch or to wait for")
@@ -152,8 +153,9 @@ class Engine:
     def _read(self, dispatch: PrefillTick | DecodeBlock, result: Result, dispatched: float) -> list[Update]:
         emitted, scored = result.read()
         now = time.perf_counter()
-        took = now - max(dispatched, self._last_read)
-        self._last_read = now
+        working = now - self.stats.compile_seconds  # a clock that stands still while programs compile
+        took = working - max(dispatched, self._last_read)
+        self._last_read = working
         if isinstance(dispatch, PrefillTick):
             self.stats.prefill_seconds += took
             at = {

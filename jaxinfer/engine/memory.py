@@ -52,15 +52,19 @@ def plan_memory(
     needed = ceil(max_context / config.page_size) + 1
     useful = config.max_batch * ceil(max_context / config.page_size) + 1
     budget = int(limit * config.memory_fraction) - weights - workspace
-    pages = config.pages or min(useful, budget // page)
-    if pages < needed or pages * page > budget:
-        wanted = weights + workspace + max(pages, needed) * page
+    if config.pages is not None and config.pages < needed:
         raise LayoutError(
-            f"memory: needs {wanted / MIB:.0f} MiB per device (weights {weights / MIB:.0f}, workspace {workspace / MIB:.0f}, "
-            f"cache {max(pages, needed) * page / MIB:.0f} for {max(pages, needed)} pages of {config.page_size} tokens; one "
-            f"context of {max_context} tokens takes {needed}), but {config.memory_fraction:.0%} of {limit / MIB:.0f} MiB "
-            f"is {limit * config.memory_fraction / MIB:.0f}; use more devices (tensor, stage), a smaller dtype, "
-            "max-context or prefill-chunk, or another number of pages"
+            f"pages: {config.pages} is too few for one context of {max_context} tokens; legal: at least {needed} pages of "
+            f"{config.page_size} tokens (one is the null page), or a smaller max-context"
+        )
+    pages = config.pages or min(useful, max(needed, budget // page))
+    if pages * page > budget:
+        raise LayoutError(
+            f"memory: needs {(weights + workspace + pages * page) / MIB:.0f} MiB per device (weights {weights / MIB:.0f}, "
+            f"workspace {workspace / MIB:.0f}, cache {pages * page / MIB:.0f} for {pages} pages of {config.page_size} "
+            f"tokens; a context of {max_context} takes {needed}), but {config.memory_fraction:.0%} of {limit / MIB:.0f} "
+            f"MiB is {limit * config.memory_fraction / MIB:.0f}; use more devices (tensor, stage), a smaller dtype, "
+            "max-context, max-batch or prefill-chunk, or fewer pages"
         )
     return MemoryPlan(weights, page, workspace, limit, int(pages))
 

@@ -1,5 +1,6 @@
 """The engine's compiled programs and the sharding of what they take and give."""
 
+import time
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ class Programs:
     def __init__(self, decoder: Decoder, config: EngineConfig, mesh: Mesh, rules: Rules, dtype: Any):
         self._decoder, self._config, self._mesh, self._rules, self._dtype = decoder, config, mesh, rules, dtype
         self._compiled: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
         self._params_spec = jax.tree.map(
             lambda parameter: partition_spec(parameter, rules),
             decoder.parameters(),
@@ -117,5 +119,8 @@ class Programs:
                 out_specs=(spec, *(P(),) * outputs),
                 check_vma=False,
             )
-            self._compiled[key] = jax.jit(mapped, donate_argnums=1)
+            began = time.perf_counter()
+            lowered = jax.jit(mapped, donate_argnums=1).lower(params, state, inputs, sampling)
+            self._compiled[key] = lowered.compile()
+            self.compile_seconds += time.perf_counter() - began
         return self._compiled[key](params, state, inputs, sampling)

@@ -80,6 +80,7 @@ class Stats:
     steady_idle_stage_ticks: int = 0
     preemptions: int = 0
     compiled_programs: int = 0
+    compile_seconds: float = 0.0
 
 
 def stop_ids(params: SamplingParams, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:

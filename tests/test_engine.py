@@ -1,0 +1,193 @@
+"""The engine against transformers, against itself alone, and under pressure: few pages, many requests."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from engine_run import finish, make_engine, run, tokens
+from hf_models import make_hf_folder
+from transformers import AutoModelForCausalLM
+
+from convert.run import convert
+from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.request import Request
+
+ROOT = Path(__file__).parents[1]
+STORIES = ROOT / "examples" / "tinystories" / "model"
+STORIES260K = ROOT.parent / "shared" / "data" / "stories260K"
+MARGIN = 1e-3  # below it, two correct programs may choose differently
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stories")
+    convert(STORIES, folder / "ckpt", dtype="float32", quiet=True)
+    return folder / "ckpt"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_hf_folder(folder / "hf", max_position_embeddings=256)
+    convert(folder / "hf", folder / "ckpt", quiet=True)
+    return folder / "ckpt"
+
+
+def agree_up_to_ties(found: list[int], expected: list[int], margins: list[float]):
+    """Equal up to the first place where the reference itself could have gone either way; says whether to the end."""
+    for one, other, margin in zip(found, expected, margins, strict=True):
+        if margin < MARGIN:
+            return False
+        assert one == other
+    return True
+
+
+@pytest.mark.slow
+def test_greedy_tokens_of_the_embedded_model_equal_transformers(stories):
+    rng, new = random.Random(0), 40
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    # one long text by the model itself, so that prompts are sensible at any length
+    with torch.no_grad():
+        torch.manual_seed(1)
+        text = model.generate(torch.tensor([[0]]), do_sample=True, max_new_tokens=900, min_new_tokens=900, top_k=50)
+    text = text[0].tolist()
+    lengths = [1, 2, 15, 16, 17, 31, 100, 255, 256, 257, 500, 700, 899, 900] + rng.sample(range(1, 900), 6)
+    prompts = {str(length): text[:length] for length in lengths}
+    engine = make_engine(stories, max_batch=6, prefill_chunk=256, pages=200)
+    found = run(engine, prompts, SamplingParams(max_new_tokens=new, ignore_eos=True))
+    whole = 0
+    for name, prompt in prompts.items():
+        with torch.no_grad():
+            given = torch.tensor([prompt + found[name, 0].token_ids])
+            logits = model(given).logits[0, len(prompt) - 1 : -1]
+        top = logits.topk(2).values
+        margins = (top[:, 0] - top[:, 1]).tolist()
+        whole += agree_up_to_ties(found[name, 0].token_ids, logits.argmax(-1).tolist(), margins)
+    assert whole >= len(prompts) - 2
+
+
+@pytest.mark.skipif(not STORIES260K.exists(), reason="needs ../shared/data/stories260K, which does not ship")
+def test_stories260k_goldens(tmp_path):
+    convert(STORIES260K, tmp_path / "ckpt", quiet=True)
+    golden = json.loads((STORIES260K / "golden_greedy.json").read_text())["cases"]
+    prompts = {str(i): case["prompt_ids"] for i, case in enumerate(golden)}
+    found = run(make_engine(tmp_path / "ckpt"), prompts, SamplingParams(max_new_tokens=128, ignore_eos=True))
+    whole = 0
+    for i, case in enumerate(golden):
+        whole += agree_up_to_ties(found[str(i), 0].token_ids, case["new_ids"], case["margins"])
+    assert whole >= len(golden) - 1
+
+
+def random_requests(count: int, seed: int):
+    rng = random.Random(seed)
+    prompts, params = {}, {}
+    for i in range(count):
+        length = rng.choice([1, 3, 15, 16, 17, 40, 90, rng.randint(1, 200)])
+        prompts[str(i)] = [rng.randrange(3, 96) for _ in range(length)]
+        params[str(i)] = SamplingParams(
+            max_new_tokens=rng.randint(1, 50),
+            temperature=rng.choice([0.0, 0.0, 1.0]),
+            seed=i,
+            top_p=rng.choice([1.0, 0.8]),
+            frequency_penalty=rng.choice([0.0, 0.3]),
+            stop_token_ids=(rng.randrange(3, 96),),
+            n=rng.choice([1, 1, 2]),
+        )
+    return prompts, params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["", "stage=2,data=2"])
+def test_hundreds_of_requests_through_few_pages_equal_each_alone(tiny, mesh):
+    prompts, params = random_requests(200, seed=4)
+    # pages for one and a half contexts: admission, growth and preemption all happen
+    crowded = make_engine(tiny, mesh, max_batch=8, page_size=8, pages=49)
+    found = run(crowded, prompts, params)
+    assert crowded.stats.preemptions > 0
+    assert crowded.scheduler.free_pages == [48] * crowded.mesh.shape["data"]
+    alone = make_engine(tiny)
+    for name, prompt in prompts.items():
+        expected = run(alone, {name: prompt}, {name: params[name]})
+        for key, output in expected.items():
+            assert found[key].token_ids == output.token_ids, name
+            assert found[key].finish_reason == output.finish_reason
+
+
+def test_slots_are_refilled_while_others_run(tiny):
+    engine = make_engine(tiny, max_batch=2)
+    params = {"long": SamplingParams(max_new_tokens=60, ignore_eos=True)}
+    params |= {str(i): SamplingParams(max_new_tokens=4, ignore_eos=True) for i in range(5)}
+    for name, each in params.items():
+        engine.add(Request(name, [5, 6, 7], each))
+    order = []
+    while engine.has_unfinished():
+        order += [update.request_id for update in engine.step() if update.output]
+    assert order[-1] == "long" and len(order) == 6
+
+
+def test_a_long_prompt_does_not_stall_decoding(tiny):
+    engine = make_engine(tiny, max_batch=2, prefill_chunk=16, prefill_ticks=1)
+    engine.add(Request("short", [5], SamplingParams(max_new_tokens=60, ignore_eos=True)))
+    while not any(update.request_id == "short" for update in engine.step()):
+        pass
+    engine.add(Request("long", [5] * 200, SamplingParams(max_new_tokens=4, ignore_eos=True)))
+    before_long = 0
+    while engine.has_unfinished():
+        updates = engine.step()
+        if any(update.request_id == "long" for update in updates):
+            break
+        before_long += sum(len(update.token_ids) for update in updates)
+    finish(engine)
+    assert before_long >= 40, "200 tokens in chunks of 16 leave room for ten decode blocks and more"
+
+
+@pytest.mark.parametrize(
+    "prompt, params, message",
+    [
+        ([], {}, "empty"),
+        ([96], {}, "token id 96 is out of range; legal: 0 to 95"),
+        ([5] * 256, {}, "256 tokens; legal: up to 255"),
+        ([5], {"stop_token_ids": (400,)}, "400"),
+    ],
+)
+def test_what_can_never_run_is_refused(tiny, prompt, params, message):
+    with pytest.raises(ValueError, match=message):
+        make_engine(tiny).add(Request("x", prompt, SamplingParams(**params)))
+
+
+def test_output_ends_with_the_context(tiny):
+    output = run(make_engine(tiny), {"x": [5] * 250}, SamplingParams(max_new_tokens=50, ignore_eos=True))["x", 0]
+    assert output.finish_reason == "length" and output.completion_tokens == 6
+
+
+def test_abort_frees_everything_and_leaves_others_alone(tiny):
+    alone = tokens(run(make_engine(tiny), {"b": [9] * 20}, SamplingParams(max_new_tokens=30, ignore_eos=True)))
+    engine = make_engine(tiny)
+    for name, prompt in {"a": [5] * 20, "b": [9] * 20}.items():
+        engine.add(Request(name, prompt, SamplingParams(max_new_tokens=30, ignore_eos=True)))
+    while not any(update.request_id == "a" for update in engine.step()):
+        pass
+    (update,) = engine.abort("a")
+    assert update.output.finish_reason == "abort"
+    assert tokens(finish(engine)) == alone
+    assert engine.scheduler.free_pages == [engine.memory.pages - 1]
+
+
+def test_prompt_logprobs_equal_transformers(tmp_path):
+    model = make_hf_folder(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    prompt = [(7 * i) % 96 for i in range(75)]
+    params = SamplingParams(max_new_tokens=3, prompt_logprobs=4, logprobs=4, ignore_eos=True)
+    output = run(make_engine(tmp_path / "ckpt", "stage=2,tensor=2"), {"x": prompt}, params)["x", 0]
+    whole = prompt + output.token_ids
+    with torch.no_grad():
+        expected = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    assert output.prompt_logprobs[0] is None
+    for at, entry in enumerate(output.prompt_logprobs[1:] + output.logprobs):
+        row = expected[at]
+        assert entry.token_id == whole[at + 1]
+        assert entry.logprob == pytest.approx(row[whole[at + 1]].item(), abs=2e-4)
+        assert [value for _, value in entry.top] == pytest.approx(row.topk(4).values.tolist(), abs=2e-4)
+        assert entry.rank == 1 + int((row > row[whole[at + 1]]).sum())

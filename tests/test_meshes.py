@@ -1,0 +1,98 @@
+"""The same greedy and seeded tokens on every mesh as on one device, in float32."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from engine_run import make_engine, run, tokens
+from hf_models import make_hf_folder
+
+from convert.run import convert
+from jaxinfer.engine.params import SamplingParams
+
+VOCABULARY = 131  # prime: padded on every mesh
+PARAMS = {
+    "a": SamplingParams(max_new_tokens=13, ignore_eos=True),
+    "b": SamplingParams(max_new_tokens=11, ignore_eos=True, temperature=1.0, seed=3, top_p=0.9),
+    "c": SamplingParams(max_new_tokens=9, ignore_eos=True, repetition_penalty=1.5, frequency_penalty=0.5, logprobs=3),
+    "d": SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=0.7, top_k=20, min_p=0.01, n=2),
+    "e": SamplingParams(max_new_tokens=6, ignore_eos=True, prompt_logprobs=2, logit_bias={5: 4.0}),
+    "f": SamplingParams(max_new_tokens=13, min_new_tokens=8, stop_token_ids=tuple(range(0, VOCABULARY, 3))),
+}
+LENGTHS = dict(zip(PARAMS, (1, 40, 17, 33, 50, 5)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meshes")
+    make_hf_folder(
+        folder / "hf",
+        vocab_size=VOCABULARY,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    convert(folder / "hf", folder / "ckpt", quiet=True)
+    return folder / "ckpt"
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    return {name: rng.integers(3, VOCABULARY, length).tolist() for name, length in LENGTHS.items()}
+
+
+@pytest.fixture(scope="module")
+def one_device(checkpoint):
+    return run(make_engine(checkpoint), prompts(), PARAMS)
+
+
+def meshes():
+    sizes = (1, 2, 4, 8)
+    for stage, data, tensor in product(sizes, repeat=3):
+        if 1 < stage * data * tensor <= 8:
+            yield f"stage={stage},data={data},tensor={tensor}", None
+    yield "stage=3", (1, 5, 2)
+    yield "stage=2,tensor=2", (3, 5)
+    yield "stage=4,data=2", (1, 3, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, stage_layers", meshes(), ids=str)
+def test_mesh_agrees_with_one_device(checkpoint, one_device, mesh, stage_layers):
+    agrees(checkpoint, one_device, mesh, stage_layers)
+
+
+@pytest.mark.parametrize("mesh, stage_layers", [("stage=2,data=2,tensor=2", None), ("stage=3", (1, 5, 2))], ids=str)
+def test_some_meshes_agree_with_one_device(checkpoint, one_device, mesh, stage_layers):
+    agrees(checkpoint, one_device, mesh, stage_layers)
+
+
+def agrees(checkpoint, one_device, mesh, stage_layers):
+    found = run(make_engine(checkpoint, mesh, stage_layers=stage_layers), prompts(), PARAMS)
+    assert tokens(found) == tokens(one_device)
+    for key, output in one_device.items():
+        assert found[key].finish_reason == output.finish_reason
+        for kind in ("logprobs", "prompt_logprobs"):
+            compare_logprobs(getattr(found[key], kind), getattr(output, kind))
+
+
+def compare_logprobs(found, expected):
+    if expected is None:
+        assert found is None
+        return
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        if other is None:
+            assert one is None
+            continue
+        assert one.token_id == other.token_id
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
+
+
+def test_steady_decode_has_no_bubble(checkpoint):
+    engine = make_engine(checkpoint, "stage=4", max_batch=4)
+    run(engine, {str(i): [5 + i] * 4 for i in range(4)}, SamplingParams(max_new_tokens=40, ignore_eos=True))
+    assert engine.stats.steady_stage_ticks > 0
+    assert engine.stats.steady_idle_stage_ticks == 0
