@@ -67,7 +67,7 @@ def convert(
         _copy_tokenizer(source, output)
         write_manifest(output, manifest)
         journal.path.unlink()
-    return manifest, True
+        return read_manifest(output), True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The converter: every tensor arrives where it belongs, whatever is damaged is refused by name, a killed run goes on."""
+"""The converter: every tensor arrives where it belongs, what is damaged is refused by name, a killed run goes on."""
 
 import fcntl
 import hashlib
@@ -16,18 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_models import make_hf_folder
+import xxhash
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
+from convert.llama import targets
+from convert.plan import make_plan
 from convert.run import convert
 from convert.safetensors_reader import open_safetensors
+from convert.source import open_source
 from convert.tensor import ConvertError, blocks
 from convert.torch_reader import open_torch
+from hf_models import make_hf_folder
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.checkpoint.reader import Reader
-from jaxinfer.models.config import ConfigError, ModelConfig
+from jaxinfer.models.config import ConfigError, ModelConfig, from_hf
 
 ROOT = Path(__file__).parent.parent
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -36,7 +40,9 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 
 def read_all(checkpoint):
     reader = Reader(checkpoint)
-    return {name: reader.read(name, (slice(None),) * len(each["shape"])) for name, each in reader.manifest.leaves.items()}
+    return {
+        name: reader.read(name, (slice(None),) * len(each["shape"])) for name, each in reader.manifest.leaves.items()
+    }
 
 
 def as_torch(array):
@@ -261,7 +267,7 @@ def test_folders_that_are_no_model_are_refused(tiny, tmp_path):
 
 def test_broken_shards_are_refused(tmp_path):
     hf = tmp_path / "hf"
-    make_hf_folder(hf, max_shard_size=12_000)
+    make_hf_folder(hf, max_shard_size=30_000)
     index = hf / "model.safetensors.index.json"
     mapping = json.loads(index.read_text())["weight_map"]
     first, second = sorted(set(mapping.values()))[:2]
@@ -444,7 +450,10 @@ def _edited_zip(path, change, compression=zipfile.ZIP_STORED):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: {n: d[:-4] if n.endswith("data/0") else d for n, d in e.items()}, "tensor a: .* 44 bytes.*expected 48"),
+        (
+            lambda e: {n: d[:-4] if n.endswith("data/0") else d for n, d in e.items()},
+            "tensor a: .* 44 bytes.*expected 48",
+        ),
         (lambda e: {n: d for n, d in e.items() if not n.endswith("data/0")}, "tensor a: its storage 0 is not in"),
         (lambda e: e | {next(n for n in e if n.endswith("byteorder")): b"big"}, "big-endian"),
         (lambda e: {n: b"\x80\x02]." if n.endswith("data.pkl") else d for n, d in e.items()}, "holds list"),
@@ -461,7 +470,7 @@ def test_damaged_bin_is_refused(tmp_path, change, message):
 def test_compressed_bin_is_refused(tmp_path):
     torch.save({"a": torch.ones(3, 400)}, tmp_path / "x.bin")
     _edited_zip(tmp_path / "x.bin", lambda entries: entries, zipfile.ZIP_DEFLATED)
-    with pytest.raises(ConvertError, match="tensor a: .*stored without compression"):
+    with pytest.raises(ConvertError, match=r"tensor a: .*stored without compression"):
         open_torch(tmp_path / "x.bin")
 
 
@@ -558,23 +567,238 @@ def test_killed_again_and_again_it_finishes_as_if_undisturbed(tmp_path):
     same_checkpoint(ckpt, tmp_path / "undisturbed")
 
 
+def test_after_a_crash_what_is_damaged_is_written_again(tmp_path):
+    hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
+    make_hf_folder(hf, num_hidden_layers=6)
+    convert(hf, tmp_path / "undisturbed", quiet=True)
+    kill_after(hf, ckpt, 20)
+    journal = ckpt / "convert.journal.jsonl"
+    leaves = [next(iter(json.loads(line)["leaf"])) for line in journal.read_text().splitlines() if '{"leaf"' in line]
+    with open(journal, "ab") as file:
+        file.write(b'{"leaf": {"layers.0.q": {"params/lay')  # torn
+    flipped, missing, short = (next((ckpt / "params" / leaf).glob("[0-9]*")) for leaf in leaves[:3])
+    flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
+    missing.unlink()
+    os.truncate(short, 3)
+    (ckpt / "params" / "norm.partial").mkdir(exist_ok=True)
+    convert(hf, ckpt, quiet=True)
+    shutil.rmtree(ckpt / "params" / "norm.partial", ignore_errors=True)
+    same_checkpoint(ckpt, tmp_path / "undisturbed")
+
+
 @pytest.fixture
 def unfinished(tmp_path):
-    """A source of three shards, and its conversion as a crash leaves it: a torn journal line, a leaf half written."""
+    """A folder of several shards and its conversion to float16, which stops at the last tensor: it does not fit."""
     hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
     make_hf_folder(hf, max_shard_size=30_000)
-    last = sorted(hf.glob("*.safetensors"))[-1]
-    data = last.read_bytes()
-    last.write_bytes(data[: len(data) // 2])  # no header is touched: the run stops while it reads this file
-    size = os.path.getsize(last)
-    os.truncate(last, len(data))
-    assert size < len(data)
-    convert(hf, ckpt, quiet=True)
-    journal_of_complete = _journal_again(hf, ckpt)
-    (ckpt / "manifest.json").unlink()
-    last.write_bytes(data)
-    return hf, ckpt, journal_of_complete
+    tensor = make_plan(open_source(hf))[-1][0]
+    state = load_file(tensor.path)
+    state[tensor.name] += 1e6
+    save_file(state, tensor.path)
+    with pytest.raises(ConvertError, match=f"tensor {tensor.name} does not fit float16"):
+        convert(hf, ckpt, "float16", quiet=True)
+    assert journal_leaves(ckpt) == 20
+    return hf, ckpt, tensor
 
 
-def _journal_again(hf, ckpt):
-    raise NotImplementedError
+def test_unfinished_folder_does_not_go_on_with_another_dtype_or_config(unfinished):
+    hf, ckpt, _ = unfinished
+    before = inodes(ckpt)
+    with pytest.raises(
+        ConvertError, match=r"unfinished conversion with other settings .dtype was 'float16', now 'bfloa"
+    ):
+        convert(hf, ckpt, "bfloat16", quiet=True)
+    edit_json(hf / "config.json", rms_norm_eps=0.5)
+    with pytest.raises(ConvertError, match=r"unfinished conversion with other settings .model was"):
+        convert(hf, ckpt, "float16", quiet=True)
+    assert inodes(ckpt) == before and not (ckpt / "manifest.json").exists()
+
+
+def test_unfinished_folder_does_not_go_on_with_another_source(unfinished):
+    hf, ckpt, tensor = unfinished
+    first = sorted(hf.glob("*.safetensors"))[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ConvertError, match=f"an earlier run converted from another {first.name}"):
+        convert(hf, ckpt, "float16", quiet=True)
+    first.write_bytes(whole)
+    with pytest.raises(ConvertError, match=f"tensor {tensor.name} does not fit"):
+        convert(hf, ckpt, "float16", quiet=True)
+    assert not (ckpt / "manifest.json").exists()
+
+
+def test_complete_folder_is_left_alone_and_belongs_to_its_source(tiny, tmp_path):
+    ckpt = tmp_path / "ckpt"
+    convert(tiny, ckpt, quiet=True)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in ckpt.rglob("*")}
+    manifest, written = convert(tiny, ckpt, verify=True, quiet=True)
+    assert not written and manifest == read_manifest(ckpt)
+    with pytest.raises(ConvertError, match="its dtype is float32, asked for bfloat16; choose another --output"):
+        convert(tiny, ckpt, "bfloat16", quiet=True)
+    state = state_of(tiny)
+    state[DOWN][0, 0] += 1
+    rewrite(tiny, state)
+    with pytest.raises(ConvertError, match=r"it was made from another model\.safetensors"):
+        convert(tiny, ckpt, quiet=True)
+    edit_json(tiny / "config.json", rms_norm_eps=0.5)
+    with pytest.raises(ConvertError, match="its model config is another"):
+        convert(tiny, ckpt, quiet=True)
+    assert before == {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in ckpt.rglob("*")}
+
+
+def test_verify_finds_a_tensor_that_differs_and_a_file_that_is_damaged(tiny, tmp_path):
+    ckpt = tmp_path / "ckpt"
+    convert(tiny, ckpt, quiet=True)
+    chunk = ckpt / "params" / "layers.0.down" / "1.0"
+    changed = bytearray(chunk.read_bytes())
+    changed[0] ^= 1
+    chunk.write_bytes(changed)
+    with pytest.raises(CheckpointError, match=r"layers.0.down/1.0: its bytes changed"):
+        convert(tiny, ckpt, verify=True, quiet=True)
+    manifest = json.loads((ckpt / "manifest.json").read_text())
+    manifest["files"]["params/layers.0.down/1.0"]["xxh3_128"] = xxhash.xxh3_128_hexdigest(bytes(changed))
+    (ckpt / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConvertError, match=f"1 tensors differ from the source: {DOWN} .layers.0.down."):
+        convert(tiny, ckpt, verify=True, quiet=True)
+
+
+def test_folder_of_something_else_is_not_written_to(tiny, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    with pytest.raises(ConvertError, match="not empty, and no conversion"):
+        convert(tiny, other, quiet=True)
+    with pytest.raises(ConvertError, match="is not a folder"):
+        convert(tiny, other / "thesis.tex", quiet=True)
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+def test_two_conversions_do_not_write_the_same_folder(tiny, tmp_path):
+    ckpt = tmp_path / "ckpt"
+    ckpt.mkdir()
+    handle = os.open(ckpt, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ConvertError, match="another conversion is writing here"):
+        convert(tiny, ckpt, quiet=True)
+    os.close(handle)
+    assert convert(tiny, ckpt, quiet=True)[1]
+
+
+def test_full_disk_is_seen_before_the_start(tmp_path):
+    # a vocabulary of a trillion bytes in a sparse file: nothing of it is read before the space is checked
+    make_hf_folder(tmp_path / "hf", num_hidden_layers=1, tie_word_embeddings=True, dtype="bfloat16")
+    hf, path = tmp_path / "hf", tmp_path / "hf" / "model.safetensors"
+    rows = max(10**12, 2 * shutil.disk_usage(tmp_path).free) // 64
+    state = {name: tensor for name, tensor in state_of(hf).items() if name != EMBED}
+    header, end, data = {}, 0, b""
+    for name, tensor in state.items():
+        header[name] = _entry(end, end + tensor.nbytes, list(tensor.shape), "BF16")
+        data, end = data + tensor.view(torch.int16).numpy().tobytes(), end + tensor.nbytes
+    header[EMBED] = _entry(end, end + rows * 64, [rows, 32], "BF16")
+    _safetensors(path, header, data)
+    try:
+        os.truncate(path, path.stat().st_size + rows * 64)
+    except OSError as error:
+        pytest.skip(f"the file system holds no sparse file of this size: {error}")
+    edit_json(hf / "config.json", vocab_size=rows)
+    refused(hf, tmp_path, r"refused: needs [\d.]+ GB more, the disk has [\d.]+ GB free")
+
+
+def test_command_line(tiny, tmp_path, capfd):
+    ckpt = tmp_path / "ckpt"
+    assert main(["--source", str(tiny), "--output", str(ckpt), "--dtype", "bfloat16", "--verify"]) == 0
+    out, err = capfd.readouterr()
+    assert "verified against the source" in out and "in bfloat16, without a tokenizer" in out
+    assert "hash and convert" in err and "B/s" in err
+    assert main(["--source", str(tiny), "--output", str(ckpt), "--dtype", "bfloat16"]) == 0
+    assert "already converted" in capfd.readouterr().out
+    assert main(["--source", str(tmp_path / "none"), "--output", str(ckpt)]) == 1
+    assert capfd.readouterr().err == f"convert: {tmp_path}/none: no such folder\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--source open_llama_3b_v2 --output" in capfd.readouterr().out
+
+
+def test_interrupt_says_how_to_go_on(tmp_path):
+    hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
+    make_hf_folder(hf, num_hidden_layers=10)
+    process = subprocess.Popen(command(hf, ckpt), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and journal_leaves(ckpt) < 3:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "run the same command again to finish" in err
+    assert convert(hf, ckpt, verify=True, quiet=True)[1]
+
+
+def test_converter_does_not_load_an_accelerator_library(tiny, tmp_path):
+    code = (
+        f"import sys; from convert.__main__ import main; main({command(tiny, tmp_path / 'ckpt')[3:]!r});"
+        "assert not {'jax', 'torch', 'tensorstore', 'transformers'} & sys.modules.keys(), 'loaded'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert (tmp_path / "ckpt" / "manifest.json").exists()
+
+
+CHILD = """
+import resource, sys
+from convert.__main__ import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_four_gigabytes_convert_in_a_little_memory(tmp_path, dtype):
+    """Peak resident memory stays under three times the largest tensor plus 500 MB, and far under the model's size."""
+    hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
+    sizes = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 29}
+    largest, total = _synthetic(hf, sizes, shards=4)
+    assert total > 4e9
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, *command(hf, ckpt, "--dtype", dtype, "--verify")[3:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        peak = int(done.stdout.split("peak ")[1])
+        print(
+            done.stdout, f"largest tensor {largest / 1e6:.0f} MB, model {total / 1e9:.2f} GB, peak {peak / 1e6:.0f} MB"
+        )
+        assert peak < 3 * largest + 500e6
+    finally:
+        shutil.rmtree(hf, ignore_errors=True)
+        shutil.rmtree(ckpt, ignore_errors=True)
+
+
+def _synthetic(folder, sizes, shards):
+    """A bfloat16 LLaMA of mostly zeros (holes in sparse files) with noise at the start of every tensor."""
+    folder.mkdir()
+    hf = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 16, "max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(hf | {"rms_norm_eps": 1e-6} | sizes))
+    table = [
+        (name, target.source_shape) for name, target in targets(from_hf(hf | {"rms_norm_eps": 1e-6} | sizes)).items()
+    ]
+    rng, mapping, largest, total = np.random.default_rng(0), {}, 0, 0
+    for shard in range(shards):
+        file, header, end = f"model-{shard}.safetensors", {}, 0
+        for name, shape in table[shard::shards]:
+            size = 2 * int(np.prod(shape))
+            header[name] = _entry(end, end + size, list(shape), "BF16")
+            mapping[name], end, largest = file, end + size, max(largest, size)
+        raw = json.dumps(header).encode()
+        with open(folder / file, "wb") as out:
+            out.write(len(raw).to_bytes(8, "little") + raw)
+            out.truncate(8 + len(raw) + end)
+            for entry in header.values():
+                begin, stop = entry["data_offsets"]
+                out.seek(8 + len(raw) + begin)
+                noise = rng.standard_normal(min(1 << 16, (stop - begin) // 2)).astype(np.float32)
+                out.write((noise.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+        total += end
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    return largest, total
