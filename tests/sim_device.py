@@ -1,8 +1,8 @@
 """The device as the scheduler sees it, in plain Python, tick by tick, with a model whose tokens betray any mistake.
 
-Each stage has a paged cache of its own. A stage writes what it receives for a position into its page and hands on a hash
-of all that it finds through the block table up to there; the token is a hash of what leaves the last stage. So a page
-that is shared, stale, overwritten or never written, a token fed twice or not at all, changes the tokens that follow.
+Each stage has a paged cache of its own. A stage writes what it receives for a position into its page and hands on a
+hash of all that it finds through the block table up to there; the token is a hash of what leaves the last stage. So a
+page that is shared, stale, overwritten or never written, a token fed twice or not at all, changes what follows.
 """
 
 from dataclasses import dataclass
@@ -101,9 +101,7 @@ class SimDevice:
                         continue
                     assert inside is not None and inside[0] is row, "a row is not where it should be by now"
                     assert 1 <= row.count <= chunk
-                    values = [
-                        self._through(s, d, row.pages, row.start + i, value) for i, value in enumerate(inside[1])
-                    ]
+                    values = [self._through(s, d, row.pages, row.start + i, value) for i, value in enumerate(inside[1])]
                     shard[r] = row, values
                     if s == stages - 1 and row.final:
                         tokens[d][r] = _sample(row.seq.seed, values[-1])

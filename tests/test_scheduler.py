@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sim_device import SimDevice, alone, request
 
 from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
 from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, State
+from sim_device import SimDevice, alone, request
 
 BASE = SchedulerConfig(
     shards=1,
@@ -303,6 +303,31 @@ def test_the_latest_arrival_gives_way_and_comes_back_first():
     assert uids.count(1) >= 2 and uids[-1] == 2 and uids.count(2) == 1, "the queue was overtaken"
 
 
+def test_a_row_that_gives_way_to_a_prompt_still_in_prefill():
+    """The only decoding row gives its pages to earlier prompts and is back in its slot before any other block: there
+    is no block to send then, and its old pass in flight, two blocks old by then, must not count."""
+    engine = Engine(config(stages=3, rows=1, pages=34, prefill_shapes=((3, 4),)))
+    long, other, longer, short = (request(uid, n, 40 - n // 2) for uid, n in enumerate((60, 4, 56, 4)))
+    for seq in (long, other, longer):
+        engine.add(seq)
+    engine.dispatch()
+    engine.scheduler.finish(other)
+    engine.add(short)
+    slots = set()
+    while not engine.scheduler.preemptions:
+        engine.step()
+        slots.add(short.slot)
+    assert short.state is State.WAITING and slots == {1, -1}
+    assert kinds(engine)[-3:] == "DPP", "the tick is sent in place of the block"
+    engine.scheduler.finish(longer)
+    while short.state is not State.RUNNING:
+        engine.step()
+        assert kinds(engine)[-1] != "D"
+    assert short.slot == 1
+    engine.run()
+    assert engine.got[short] == alone(short, 3) and engine.got[long] == alone(long, 3)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data(), configs)
 def test_the_earliest_arrival_is_admitted_once(data, config):
@@ -377,7 +402,7 @@ def test_without_decoding_prefill_goes_on():
     ("prompts", "shape"),
     [
         ([8], (1, 8)),
-        ([3], (2, 4)),  # all shapes with a row of at least 3 tokens take 3: ties go to the longest
+        ([3], (1, 8)),  # (2, 4) takes as many: ties go to the longest chunk
         ([2, 2, 2, 2], (4, 2)),
         ([4, 4], (2, 4)),
         ([8, 2, 2, 2], (1, 8)),
@@ -385,7 +410,7 @@ def test_without_decoding_prefill_goes_on():
     ],
 )
 def test_the_shape_that_takes_most_tokens_is_chosen(prompts, shape):
-    scheduler = Scheduler(config(rows=8, prefill_shapes=((1, 8), (2, 4), (4, 2)) if prompts != [3] else ((2, 4), (4, 2))))
+    scheduler = Scheduler(config(rows=8))
     for uid, length in enumerate(prompts):
         scheduler.add(request(uid, length, 2))
     assert scheduler.schedule().shape == shape
@@ -402,13 +427,21 @@ def test_a_shape_is_changed_when_it_pays_and_the_pipeline_is_empty_then():
     assert [each.shape for each in engine.history] == [(1, 8)] * 3 + [(4, 2)] * 2
     assert kinds(engine) == "PeePP"
 
-    engine = Engine(config(stages=3))
+
+@pytest.mark.parametrize(("short", "expected"), [(1, [(1, 8)] * 3), (2, [(1, 8), (4, 2)])])
+def test_a_shape_stays_while_emptying_the_pipeline_costs_more(short, expected):
+    """Of (1, 8) one token is left, and `short` prompts of 2: one sequence a tick, or after two empty ticks all at
+    once. With 5 tokens left that is fewer ticks, with 3 it is not."""
+    engine = Engine(config(stages=3, rows=4, prefill_ticks=9))
     engine.add(request(0, 9, 2))
-    for _ in range(2):
-        engine.dispatch()
-    engine.add(request(1, 2, 2))
     engine.dispatch()
-    assert {each.shape for each in engine.history} == {(1, 8)} and kinds(engine) == "PPP"
+    for uid in range(1, short + 1):
+        engine.add(request(uid, 2, 2))
+    for _ in range(6):
+        engine.dispatch()
+    ticks = [each for each in engine.history if isinstance(each, PrefillTick)]
+    entering = [tick.shape for tick in ticks if any(tick.stages[0][0])]
+    assert entering == expected
 
 
 def test_what_no_shard_can_hold_is_refused():

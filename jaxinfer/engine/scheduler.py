@@ -69,7 +69,7 @@ def _discard(ordered: list[Sequence], seq: Sequence) -> bool:
     return found
 
 
-@dataclass
+@dataclass(eq=False)
 class _Shard:
     pages: PageAllocator
     free_rows: list[list[int]]  # per microbatch, a heap
@@ -117,7 +117,7 @@ class Scheduler:
             )
             for _ in range(config.shards)
         ]
-        self._queue: list[tuple[int, Sequence]] = []  # heap by arrival; those finished meanwhile are dropped at the head
+        self._queue: list[tuple[int, Sequence]] = []  # heap by arrival; the head is dropped when FINISHED
         self._waiting = 0
         self._arrivals = 0
         self._admissions = 0
@@ -278,19 +278,19 @@ class Scheduler:
             pages = config.pages_for(target)
             grows = pages < config.pages_for(seq.cache_tokens)
             best = None
-            for shard in self._shards:
+            for index, shard in enumerate(self._shards):
                 slots, free = shard.free_slots, shard.pages.free_pages
                 if slots and free >= pages + grows + shard.growing and (best is None or (free, slots) > best[:2]):
-                    best = free, slots, shard
+                    best = free, slots, index
             if best is None:
                 return
-            shard = best[2]
+            seq.shard = best[2]
+            shard = self._shards[seq.shard]
             heapq.heappop(self._queue)
             self._waiting -= 1
             self._admissions += 1
             seq.state = State.PREFILL
             seq.epoch = self._admissions
-            seq.shard = self._shards.index(shard)
             seq.slot = shard.take_slot()
             seq.pages = shard.pages.allocate(pages)
             seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False

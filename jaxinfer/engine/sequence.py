@@ -35,7 +35,7 @@ class Sequence:
     target: int = 0  # tokens that this admission's prefill covers: prompt and the output known at admission
     prefilled: int = 0  # tokens of target in chunks dispatched so far
     fed: int = 0  # while RUNNING: the device's pos[slot] after all that is dispatched
-    in_flight: bool = False  # its last pass leaves the pipeline only in the next decode block (never so in microbatch 0)
+    in_flight: bool = False  # its last pass leaves the pipeline in the next decode block (never so in microbatch 0)
     outstanding: int = 0  # dispatches not completed yet that carry results of it
 
     @property
