@@ -1,5 +1,6 @@
 """Start and end of a program of several processes: each failure names the rank and what it waited for."""
 
+import json
 import os
 import socket
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 0.2
@@ -139,3 +141,41 @@ def _wait_for(host: str, port: int, me: str, timeout_s: float) -> None:
                 print(f"{me}: waiting for coordinator {host}:{port}: {error}", file=sys.stderr, flush=True)
                 said = True
             time.sleep(RETRY_SECONDS)
+
+
+def share(value: Any) -> Any:
+    """What process 0 has in `value` (anything that JSON holds); the others' own values are ignored."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    buffer = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        buffer[:] = data
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8).tobytes())
+
+
+def hosts() -> list[str]:
+    """The host name of each process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    name = socket.gethostname().encode()[:64]
+    if jax.process_count() == 1:
+        return [name.decode()]
+    names = multihost_utils.process_allgather(np.frombuffer(name.ljust(64, b"\0"), np.uint8))
+    return [bytes(each.tolist()).rstrip(b"\0").decode() for each in np.asarray(names)]
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when every process is here."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)

@@ -1,0 +1,171 @@
+"""Prompts from a file: each line becomes a record or an error that says what is wrong with it."""
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from jaxinfer.engine.params import SamplingParams
+from jaxinfer.tokenizer import apply_chat, encode
+
+KINDS = ("prompt", "prompt_token_ids", "messages")
+FIELDS = ("id", *KINDS, *attrs.fields_dict(SamplingParams))
+
+Prompt = str | list[int] | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """One request: `value` is a text, token ids or chat messages, as `kind` says; `line` counts from 1."""
+
+    line: int
+    id: str
+    kind: str
+    value: Prompt
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class InputError:
+    """A line that cannot become a request."""
+
+    line: int
+    id: str
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "line": self.line, "error": self.message}
+
+
+def read_file(path: str, defaults: SamplingParams) -> list[InputRecord | InputError]:
+    """Reads ``.jsonl`` (an object per line), ``.txt`` (a prompt per line) or ``-``: standard input, JSON lines if it
+    starts with ``{`` and a prompt per line otherwise. Empty lines are skipped.
+
+    Raises:
+      ValueError: a file name that ends in neither; OSError: a file that cannot be read.
+    """
+    if path == "-":
+        data = sys.stdin.buffer.read()
+        as_json = data.lstrip()[:1] == b"{"
+    else:
+        suffix = Path(path).suffix
+        if suffix not in (".jsonl", ".txt"):
+            raise ValueError(f"{path}: the name ends in {suffix or 'nothing'!r}, legal is .jsonl, .txt or the name -")
+        data = Path(path).read_bytes()
+        as_json = suffix == ".jsonl"
+    lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    return parse_lines(((number, line) for number, line in lines if line.strip()), as_json, defaults)
+
+
+def parse_lines(
+    lines: Iterable[tuple[int, bytes]], as_json: bool, defaults: SamplingParams
+) -> list[InputRecord | InputError]:
+    """Numbered lines to records. An id that is not given is the line's number; a second use of an id is an error."""
+    seen: dict[str, int] = {}
+    records: list[InputRecord | InputError] = []
+    for number, line in lines:
+        name = str(number)
+        try:
+            fields = _object(line) if as_json else {"prompt": line.decode().rstrip("\r")}
+            name = _id(fields, name)
+            if name in seen:
+                raise ValueError(f"id: {name!r} is used by line {seen[name]} already")
+            records.append(parse_record(fields, number, name, defaults))
+            seen[name] = number
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line"
+            records.append(InputError(number, name, f"not UTF-8: {found}"))
+        except ValueError as error:
+            records.append(InputError(number, name, str(error)))
+    return records
+
+
+def parse_record(fields: dict[str, Any], line: int, name: str, defaults: SamplingParams) -> InputRecord:
+    """One request from its fields, sampling fields over `defaults`.
+
+    Raises:
+      ValueError: an unknown field, no prompt or two, a prompt of the wrong form, an illegal sampling value.
+    """
+    for field in fields:
+        if field not in FIELDS:
+            near = difflib.get_close_matches(field, FIELDS, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown field {field!r}; {hint}legal: {', '.join(FIELDS)}")
+    kinds = [kind for kind in KINDS if fields.get(kind) is not None]
+    if len(kinds) != 1:
+        raise ValueError(f"found {' and '.join(kinds) or 'no prompt'}; legal is exactly one of {', '.join(KINDS)}")
+    kind = kinds[0]
+    problem = _PROBLEMS[kind](fields[kind])
+    if problem:
+        raise ValueError(f"{kind}: {problem}")
+    overrides = {field: value for field, value in fields.items() if field != "id" and field not in KINDS}
+    return InputRecord(line, name, kind, fields[kind], defaults.merge(overrides))
+
+
+def token_ids(record: InputRecord, tokenizer: Any) -> list[int]:
+    """The record's prompt as token ids; a text gets what the tokenizer puts before it (a BOS token, say).
+
+    Raises:
+      ValueError: text for a checkpoint without a tokenizer, or messages that its chat template cannot take.
+    """
+    if record.kind == "prompt_token_ids":
+        return list(record.value)
+    if tokenizer is None:
+        raise ValueError(f"{record.kind}: the checkpoint has no tokenizer; legal is prompt_token_ids")
+    return encode(tokenizer, record.value) if record.kind == "prompt" else apply_chat(tokenizer, record.value)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"bad JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("bad JSON: nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"found {_name(fields)}, legal is a JSON object")
+    if b"\\u" in line:
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("bad JSON: half of a surrogate pair (\\ud800 to \\udfff) stands alone") from None
+    return fields
+
+
+def _id(fields: dict[str, Any], default: str) -> str:
+    name = fields.get("id")
+    if name is None:
+        return default
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise ValueError(f"id: found {_name(name)}, legal is a string or a whole number")
+    return str(name)
+
+
+def _text_problem(value: Any) -> str | None:
+    return None if isinstance(value, str) else f"found {_name(value)}, legal is a string"
+
+
+def _ids_problem(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return f"found {_name(value)}, legal is a list of whole numbers"
+    wrong = next((each for each in value if isinstance(each, bool) or not isinstance(each, int)), None)
+    return None if wrong is None else f"found {wrong!r} in the list, legal are whole numbers"
+
+
+def _messages_problem(value: Any) -> str | None:
+    return None if isinstance(value, list) else f"found {_name(value)}, legal is a list of messages"
+
+
+_PROBLEMS = {"prompt": _text_problem, "prompt_token_ids": _ids_problem, "messages": _messages_problem}
+
+
+def _name(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    return names.get(type(value), "an object")

@@ -1,0 +1,99 @@
+"""Command line options that commands share: where to run, the engine, sampling."""
+
+import argparse
+from typing import Any, NoReturn
+
+import attrs
+
+from jaxinfer.engine.config import DTYPES, EngineConfig
+from jaxinfer.engine.params import SamplingParams
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where to run it")
+    group.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXES",
+        help="stage=2,data=1,tensor=2; an axis left out is 1 (default: one device)",
+    )
+    group.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="several processes: how many")
+    group.add_argument("--process-id", type=int, metavar="I", help="several processes: which one this is, from 0")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    config = EngineConfig()
+    group.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache (default: the checkpoint's)")
+    group.add_argument("--stage-layers", type=_integers, metavar="N,N,...", help="layers per stage (default: balanced)")
+    for name, what in (
+        ("max_batch", "sequences that decode at once, per data shard"),
+        ("page_size", "tokens per cache page"),
+        ("pages", "cache pages per data shard (default: what memory is left)"),
+        ("decode_steps", "decode steps per dispatch"),
+        ("prefill_chunk", "prompt tokens per prefill tick"),
+        ("max_context", "most tokens of prompt and output together (default: the model's)"),
+    ):
+        default = getattr(config, name)
+        what += "" if default is None else f" (default: {default})"
+        group.add_argument(_flag(name), type=int, default=default, metavar="N", help=what)
+    share = config.memory_fraction
+    what = f"share of device memory for weights and cache (default: {share})"
+    group.add_argument("--memory-fraction", type=float, default=share, metavar="X", help=what)
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `LLM` takes, beside the path."""
+    # the command's --seed is a sampling parameter, not the engine's
+    names = [name for name in EngineConfig.__dataclass_fields__ if name in args and name != "seed"]
+    return {name: getattr(args, name) for name in names}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, title: str) -> None:
+    """One option per field of `SamplingParams`."""
+    group = parser.add_argument_group(title)
+    forms: dict[str, dict[str, Any]] = {
+        "ignore_eos": {"action": "store_true", "default": None},
+        "stop": {"action": "append", "metavar": "TEXT"},
+        "stop_token_ids": {"type": _integers, "metavar": "ID,ID,..."},
+        "logit_bias": {"type": _biases, "metavar": "ID=BIAS,..."},
+    }
+    for field in attrs.fields(SamplingParams):
+        number = float if isinstance(field.default, float) else int
+        form = forms.get(field.name, {"type": number, "metavar": "X" if number is float else "N"})
+        default = "" if field.default in (None, (), False) else f" (default: {field.default:g})"
+        group.add_argument(_flag(field.name), help=field.metadata["help"].replace("%", "%%") + default, **form)
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises ValueError for a value that is not legal."""
+    given = {name: getattr(args, name) for name in attrs.fields_dict(SamplingParams)}
+    return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, legal is whole numbers with commas between them") from None
+
+
+def _biases(text: str) -> dict[int, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, legal is ID=BIAS,ID=BIAS: 17=5,29=-100, say") from None

@@ -1,0 +1,146 @@
+"""Figures of a run: latencies as a reader of the stream sees them, rates, and decode's share of the device's peak.
+
+TTFT is the time from a request's arrival to its first token, its wait in the queue included; TPOT the time per token
+after the first, one value per sample; ITL the time between two deliveries to one sample, each of up to as many tokens
+as decode steps share a dispatch.
+"""
+
+import time
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.telemetry.peaks import memory_bandwidth
+
+PERCENTILES = (50, 90, 99)
+
+
+def percentiles(seconds: Any) -> dict[str, float] | None:
+    """mean, p50, p90, p99 and max; None of nothing."""
+    if not len(seconds):
+        return None
+    values = np.asarray(seconds, np.float64)
+    shares = {f"p{share}": float(np.percentile(values, share)) for share in PERCENTILES}
+    return {"mean": float(values.mean()), **shares, "max": float(values.max())}
+
+
+class RunMetrics:
+    """Counts what the engine emits; times are of this process's clock."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._ttft, self._tpot, self._itl = array("d"), array("d"), array("d")
+        self._last: dict[tuple[str, int], float] = {}
+        self._requests: set[str] = set()
+        self._samples = 0
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+
+    def add(self, update: Any) -> None:
+        """An `Update` of the engine, as soon as it is there."""
+        key, now = (update.request_id, update.index), time.perf_counter()
+        if update.token_ids:
+            if key in self._last:
+                self._itl.append(now - self._last[key])
+            self._last[key] = now
+        output = update.output
+        if output is None:
+            return
+        self._last.pop(key, None)
+        self._samples += 1
+        self._output_tokens += output.completion_tokens
+        if output.id not in self._requests:
+            self._requests.add(output.id)
+            self._prompt_tokens += output.prompt_tokens
+        if output.completion_tokens:
+            self._ttft.append(output.ttft_s)
+        if output.completion_tokens > 1:
+            self._tpot.append((output.latency_s - output.ttft_s) / (output.completion_tokens - 1))
+
+    def summary(self, stats: Mapping[str, Any], device_kind: str) -> dict[str, Any]:
+        """All figures as JSON; `stats` are the engine's counts, of which the same call may be made once more later."""
+        wall = time.perf_counter() - self._began
+        seconds = stats["decode_seconds"]
+        bandwidth, peak = stats["decode_bytes"] / seconds if seconds else None, memory_bandwidth(device_kind)
+        return {
+            "requests": len(self._requests),
+            "samples": self._samples,
+            "prompt_tokens": self._prompt_tokens,
+            "output_tokens": self._output_tokens,
+            "wall_s": wall,
+            "output_tokens_per_s": self._output_tokens / wall,
+            "total_tokens_per_s": (self._prompt_tokens + self._output_tokens) / wall,
+            "ttft_s": percentiles(self._ttft),
+            "tpot_s": percentiles(self._tpot),
+            "itl_s": percentiles(self._itl),
+            "bubble_share": _share(stats["idle_stage_ticks"], stats["stage_ticks"]),
+            "steady_bubble_share": _share(stats["steady_idle_stage_ticks"], stats["steady_stage_ticks"]),
+            "device_kind": device_kind,
+            "decode_bytes_per_s": bandwidth,
+            "peak_bytes_per_s": peak,
+            "share_of_peak": _share(bandwidth, peak),
+            "engine": dict(stats),
+        }
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def show(summary: Mapping[str, Any], notes: Mapping[str, int]) -> None:
+    """The summary as a table on standard error; `notes` are counts of the command's own, shown first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title="summary", title_justify="left")
+    for name, text in rows(summary, notes):
+        table.add_row(name, text)
+    Console(stderr=True, highlight=False).print(table)
+
+
+def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Name and text of each line of the table."""
+    engine = summary["engine"]
+    requests = f"{summary['requests']:,} ({summary['samples']:,} samples)"
+    tokens = f"{summary['prompt_tokens']:,} prompt + {summary['output_tokens']:,} output"
+    programs = f"{engine['compiled_programs']} programs, one per shape bucket"
+    wall = f"{summary['wall_s']:.2f} s, {engine['compile_seconds']:.2f} s of it compiling {programs}"
+    lines = [
+        ("requests", requests if summary["samples"] != summary["requests"] else f"{summary['requests']:,}"),
+        *((name, f"{count:,}") for name, count in notes.items() if count),
+        ("tokens", tokens),
+        ("wall time", wall),
+        ("output tokens/s", f"{summary['output_tokens_per_s']:,.1f}"),
+        ("total tokens/s", f"{summary['total_tokens_per_s']:,.1f}"),
+        ("TTFT in ms", _latency(summary["ttft_s"])),
+        ("TPOT in ms", _latency(summary["tpot_s"])),
+        ("ITL in ms", _latency(summary["itl_s"])),
+        ("pipeline bubble", _percent(summary["bubble_share"], summary["steady_bubble_share"])),
+        ("decode bandwidth", _bandwidth(summary)),
+        ("preemptions", f"{engine['preemptions']:,}"),
+        ("load", f"{engine['load_bytes'] / 1e9:.3f} GB in {engine['load_seconds']:.2f} s"),
+    ]
+    return lines
+
+
+def _latency(values: Mapping[str, float] | None) -> str:
+    if values is None:
+        return "-"
+    return ", ".join(f"{name} {values[name] * 1e3:,.1f}" for name in ("mean", "p50", "p90", "p99"))
+
+
+def _percent(share: float | None, steady: float | None) -> str:
+    if share is None:
+        return "-"
+    return f"{share:.1%} of stage-ticks idle" + ("" if steady is None else f", {steady:.1%} in steady decode")
+
+
+def _bandwidth(summary: Mapping[str, Any]) -> str:
+    if summary["decode_bytes_per_s"] is None:
+        return "-"
+    text = f"{summary['decode_bytes_per_s'] / 1e9:,.1f} GB/s per device"
+    if summary["share_of_peak"] is None:
+        return f"{text} (peak of {summary['device_kind']} not known)"
+    return f"{text}, {summary['share_of_peak']:.1%} of {summary['peak_bytes_per_s'] / 1e9:,.0f} GB/s"
