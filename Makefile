@@ -20,7 +20,7 @@ demo: .venv/installed $(MODEL)/manifest.json
 	@rm -f build/demo.*
 	@$(BIN)/python -m jaxinfer.generate --model $(MODEL) --prompts examples/tinystories/prompts.jsonl \
 		--output build/demo.jsonl --mesh stage=2,tensor=2 --cpu-devices 4 --dtype float32 \
-		--max-new-tokens 150 --max-batch 4 --print
+		--max-new-tokens 150 --max-batch 8 --print
 
 $(MODEL)/manifest.json: $(wildcard examples/tinystories/model/*) | .venv/installed
 	@rm -rf $(MODEL)

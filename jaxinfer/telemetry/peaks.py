@@ -1,8 +1,9 @@
 """Datasheet memory bandwidth of GPUs, by the name that the driver gives them."""
 
-# (words that all occur in the device kind, GB/s); the first that fits counts
+# (words of the device kind, GB/s); the first that fits counts
 _BANDWIDTH = (
     (("B200",), 8000),
+    (("GB200",), 8000),
     (("GH200", "144G"), 4900),
     (("GH200",), 4000),
     (("H200",), 4800),
@@ -17,10 +18,11 @@ _BANDWIDTH = (
     (("A40",), 696),
     (("A10G",), 600),
     (("A10",), 600),
+    (("L40S",), 864),
     (("L40",), 864),
     (("L4",), 300),
-    (("RTX 4090",), 1008),
-    (("RTX 3090",), 936),
+    (("4090",), 1008),
+    (("3090",), 936),
     (("V100S",), 1134),
     (("V100",), 900),
     (("P100",), 732),
@@ -30,12 +32,5 @@ _BANDWIDTH = (
 
 def memory_bandwidth(device_kind: str) -> float | None:
     """Bytes per second that the datasheet gives for ``jax.Device.device_kind``; None where it is not known."""
-    parts = device_kind.replace("-", " ").split()
-    for words, gigabytes in _BANDWIDTH:
-        if all(_occurs(word, parts, device_kind) for word in words):
-            return gigabytes * 1e9
-    return None
-
-
-def _occurs(word: str, parts: list[str], device_kind: str) -> bool:
-    return word in device_kind if " " in word else any(part.startswith(word) for part in parts)
+    parts = set(device_kind.replace("-", " ").split())
+    return next((gigabytes * 1e9 for words, gigabytes in _BANDWIDTH if parts.issuperset(words)), None)
