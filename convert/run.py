@@ -129,8 +129,11 @@ def _write_leaves(source: Source, plan: Plan, output: Path, dtype: str, journal:
                 if target.leaf in journal.leaves and intact(output, journal.leaves[target.leaf]):
                     bar.update(tensor.nbytes)
                     continue
-                leaf = read_leaf(tensor, target, dtype, bar.update)
-                journal.leaf(target.leaf, write_leaf(params, target.leaf, leaf, _chunks(target.spec)))
+                # no name for the leaf: it must be gone before the next one is made
+                files = write_leaf(
+                    params, target.leaf, read_leaf(tensor, target, dtype, bar.update), _chunks(target.spec)
+                )
+                journal.leaf(target.leaf, files)
 
 
 def _chunks(spec: Any) -> tuple[int, ...]:
@@ -172,8 +175,8 @@ def _verify(plan: Plan, output: Path, manifest: Manifest, quiet: bool) -> None:
     different = []
     with _bar(sum(tensor.nbytes for tensor, _ in plan), "verify", quiet) as bar:
         for tensor, target in plan:
-            leaf = checkpoint.read(target.leaf, (slice(None),) * len(target.spec.shape))
-            if not same_as_source(leaf, tensor, target, bar.update):
+            everything = (slice(None),) * len(target.spec.shape)
+            if not same_as_source(checkpoint.read(target.leaf, everything), tensor, target, bar.update):
                 different.append(f"{tensor.name} ({target.leaf})")
     if different:
         raise ConvertError(

@@ -750,16 +750,15 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_four_gigabytes_convert_in_a_little_memory(tmp_path, dtype):
-    """Peak resident memory stays under three times the largest tensor plus 500 MB, and far under the model's size."""
+def test_four_gigabytes_convert_in_a_little_memory(tmp_path):
+    """Peak resident memory stays under three times the largest tensor plus 500 MB, also where the dtype widens."""
     hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
     sizes = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 29}
     largest, total = _synthetic(hf, sizes, shards=4)
     assert total > 4e9
     try:
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, *command(hf, ckpt, "--dtype", dtype, "--verify")[3:]],
+            [sys.executable, "-c", CHILD, *command(hf, ckpt, "--dtype", "float32", "--verify")[3:]],
             cwd=ROOT,
             capture_output=True,
             text=True,
