@@ -43,8 +43,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a prompt, with the begin token where the model was trained with one, and without an end token."""
     ids = list(tokenizer.encode(text))
     end = tokenizer.eos_token_id
-    if ids and ids[-1] == end and list(tokenizer.encode(text, add_special_tokens=False))[-1:] != [end]:
-        ids.pop()
+    if ids[-1:] == [end]:
+        plain = list(tokenizer.encode(text, add_special_tokens=False))
+        if ids[-len(plain) - 1 :] == [*plain, end]:
+            ids.pop()
     return ids
 
 
@@ -123,6 +125,12 @@ def _convert(model: bytes) -> tuple[Any, dict[str, str]]:
         core = models.Unigram(list(zip(pieces, scores)), trainer.unk_id, trainer.byte_fallback)
     else:
         raise ValueError("tokenizer.model: the model type is neither BPE nor unigram")
+    symbols = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    if symbols:
+        raise ValueError(
+            f"tokenizer.model: user-defined symbols, the first is {symbols[0]!r}, are not supported; "
+            "legal: none, or a tokenizer.json beside it"
+        )
     backend = Tokenizer(core)
     steps = []
     if normalizer.precompiled_charsmap:
@@ -137,9 +145,8 @@ def _convert(model: bytes) -> tuple[Any, dict[str, str]]:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *spaces]
     )
     for piece in proto.pieces:
-        special = piece.type in (piece.CONTROL, piece.UNKNOWN)
-        if special or piece.type == piece.USER_DEFINED:
-            backend.add_tokens([AddedToken(piece.piece, special=special, normalized=False)])
+        if piece.type in (piece.CONTROL, piece.UNKNOWN):
+            backend.add_special_tokens([AddedToken(piece.piece, normalized=False)])
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
     return backend, {name: pieces[place] for name, place in ids.items() if place >= 0}
 

@@ -1,4 +1,4 @@
-"""Incremental text against decoding in one go: byte-level and SentencePiece tokenizers, trained here and shared ones."""
+"""Incremental text against decoding in one go: byte-level and SentencePiece tokenizers, trained here and shared."""
 
 import json
 import shutil
@@ -195,6 +195,14 @@ def test_text_is_not_late(tokenizer, prompt, text):
         known = continuation(tokenizer, prompt, output[:settled])
         if known is not None and not known.endswith("\ufffd"):
             assert found.text == known
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+def test_output_completes_the_last_character_of_the_prompt(name, folder):
+    tokenizer = tokenizer_of(name, folder)
+    ids = tokenizer.encode("😀", add_special_tokens=False)
+    for cut in (1, 2, 3):
+        assert stream(tokenizer, ids[:-cut], ids[-cut:] + tokenizer.encode("a"), [1]).text.startswith("😀")
 
 
 def test_beginning_of_a_stop_string_is_held_back(folder):

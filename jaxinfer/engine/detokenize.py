@@ -22,8 +22,9 @@ class TextStream:
     """The text of one sequence's output.
 
     All pieces together are what decoding prompt and output in one go has after the decoded prompt; special tokens
-    are left out. Bytes that do not make a character yet are held back, and so is a run of byte-fallback tokens until another
-    token ends it, because one wrong byte spoils its whole run. So is the beginning of what may become a stop string.
+    are left out. Bytes that do not make a character yet are held back, and so is a run of byte-fallback tokens until
+    another token ends it, because one wrong byte spoils its whole run. So is the beginning of what may become a stop
+    string.
 
     Among several stop strings, the one that is complete first ends the text; of those that end at the same character,
     the longest. What is found does not depend on how the tokens are spread over calls of `append`.
