@@ -114,6 +114,9 @@ class Engine:
             self._next_uid += 1
         for sequence in sequences:
             self.scheduler.add(sequence)  # refuses the first if any: all ask for the same pages
+        if not self._open:
+            self._runner.forget_requirements()
+        self._runner.require(params)
         now = time.perf_counter()
         for sequence in sequences:
             own = replace(request, params=sequence.params)

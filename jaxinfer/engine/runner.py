@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Emitted, Features
 from jaxinfer.engine.forward import Decoder
+from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.programs import Programs
 from jaxinfer.engine.request import stop_ids
 from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence
@@ -55,6 +56,16 @@ class Runner:
         self._sampling = sampling_arrays((self._shards, self._slots))
         self._owners: dict[tuple[int, int], Sequence] = {}
         self._on_device: SamplingArrays | None = None
+        self._required = Features()
+
+    def forget_requirements(self) -> None:
+        """Back to plain greedy programs; only when nothing is unfinished."""
+        self._required = Features()
+
+    def require(self, params: SamplingParams) -> None:
+        """From here on, programs can do what these parameters need. It lasts while requests are unfinished: a set of
+        features that followed each batch's mix would compile a program per mix."""
+        self._required = Features(*map(max, self._required, _required(params)))
 
     def decode(self, block: DecodeBlock) -> Result:
         shape = (self._shards, self._slots)
@@ -72,7 +83,7 @@ class Runner:
             limit[shard, slot] = sequence.limit
             prompt_length[shard, slot] = len(sequence.prompt)
         inputs = DecodeInputs(active, keep, limit, prompt_length, tables)
-        features = self._features([sequence for _, _, sequence in rows], scored=False)
+        features = self._features(score=False)
         self._state, emitted = self.programs.decode(
             self._params, self._state, inputs, self._row_sampling(features), features
         )
@@ -97,7 +108,7 @@ class Runner:
             if at[0] == 0:
                 tokens[at[1], at[2], : each.count] = each.seq.tokens[each.start : each.start + each.count]
                 self._own(each.seq)
-        features = self._features([each.seq for _, each in live], scored=True)
+        features = self._features(score=any(each.seq.score for _, each in live))
         targets = None
         if features.score:
             targets = np.zeros_like(tokens)
@@ -135,23 +146,19 @@ class Runner:
             self._on_device = self.programs.replicated(jax.tree.map(np.copy, self._sampling))
         return self._on_device
 
-    def _features(self, sequences: list[Sequence], scored: bool) -> Features:
-        features = Features(
-            sample=any(each.params.temperature > 0 for each in sequences),
-            adjust=any(_adjusted(each.params) for each in sequences),
-            logprobs=any(each.params.logprobs is not None for each in sequences),
-            score=scored and any(each.params.prompt_logprobs is not None for each in sequences),
-        )
+    def _features(self, score: bool) -> Features:
+        features = self._required._replace(score=score)
         if features.adjust and self._state.counts is None:
             self._state = self.programs.with_counts(self._state)
         return features
 
 
-def _adjusted(params: Any) -> bool:
-    return bool(
+def _required(params: SamplingParams) -> Features:
+    adjust = (
         params.repetition_penalty != 1
         or params.presence_penalty
         or params.frequency_penalty
         or params.logit_bias
         or params.min_new_tokens
     )
+    return Features(params.temperature > 0, bool(adjust), params.logprobs is not None)

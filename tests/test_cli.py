@@ -1,0 +1,332 @@
+"""``python -m jaxinfer.generate`` as a user runs it: whole commands on real checkpoints."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_models import make_hf_folder
+from jaxinfer import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+STORIES = ROOT / "examples" / "tinystories"
+SMALL = ("--dtype", "float32", "--max-batch", "4", "--prefill-chunk", "32", "--decode-steps", "4")
+FOUR = ("--mesh", "stage=2,tensor=2", "--cpu-devices", "4")
+
+
+def convert(source: Path, output: Path) -> Path:
+    command = [sys.executable, "-m", "convert", "--source", source, "--output", output, "--dtype", "float32"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return output
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random model without a tokenizer: 96 tokens, context 128."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_hf_folder(folder / "hf", num_hidden_layers=4)
+    return convert(folder / "hf", folder / "ckpt")
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    return convert(STORIES / "model", tmp_path_factory.mktemp("stories") / "ckpt")
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "jaxinfer.generate", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """A user's: nothing of the tests' own settings for JAX."""
+    return {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
+
+
+def run(*arguments, status: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(), input=stdin, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def in_process(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """Status and standard error; JAX starts with the tests' own devices."""
+    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        generate.main()
+    return ended.value.code, capsys.readouterr().err
+
+
+def write_lines(path: Path, lines) -> Path:
+    path.write_bytes(
+        b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+    )
+    return path
+
+
+def results(path: Path) -> dict[tuple[str, int], dict]:
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    found = {(line["id"], line["index"]): line for line in lines if "error" not in line}
+    assert len(found) == sum("error" not in line for line in lines), "a result is there twice"
+    return found
+
+
+def tokens(path: Path) -> dict[tuple[str, int], tuple]:
+    return {key: (line["token_ids"], line["finish_reason"]) for key, line in results(path).items()}
+
+
+def random_lines(count: int) -> list[dict]:
+    draw = random.Random(5)
+    return [
+        {
+            "id": f"r{i}",
+            "prompt_token_ids": [draw.randrange(3, 96) for _ in range(draw.randrange(1, 60))],
+            "max_new_tokens": draw.randrange(1, 40),
+            "n": draw.choice([1, 1, 3]),
+        }
+        for i in range(count)
+    ]
+
+
+def test_bad_lines_are_told_and_the_rest_runs(tiny, tmp_path):
+    prompts = write_lines(
+        tmp_path / "in.jsonl",
+        [
+            {"id": "good", "prompt_token_ids": [5, 6, 7]},
+            b"{bad json",
+            {"id": "typo", "prompt_token_ids": [5], "max_new_token": 3},
+            {"id": "long", "prompt_token_ids": [5] * 128},
+            {"id": "range", "prompt_token_ids": [5, 96]},
+            {"id": "empty", "prompt_token_ids": []},
+            {"id": "good", "prompt_token_ids": [5]},
+            {"id": "text", "prompt": "Once"},
+            b'{"id": "bytes\xff"}',
+            {"id": "bias", "prompt_token_ids": [5], "logit_bias": {"96": 1}},
+            {"prompt_token_ids": [9] * 100, "n": 2, "max_new_tokens": 3, "logprobs": 2, "temperature": 1, "seed": 3},
+            {"id": "fits", "prompt_token_ids": [9] * 127},
+        ],
+    )
+    out = tmp_path / "out.jsonl"
+    done = run("--model", tiny, "--prompts", prompts, "--output", out, "--max-new-tokens", 5, *SMALL, *FOUR)
+    found = results(out)
+    assert sorted(found) == [("11", 0), ("11", 1), ("fits", 0), ("good", 0)]
+    assert len(found["good", 0]["token_ids"]) <= 5 and found["good", 0]["prompt_tokens"] == 3
+    assert found["fits", 0]["completion_tokens"] == 1 and found["fits", 0]["finish_reason"] == "length"
+    for index in (0, 1):
+        line = found["11", index]
+        fields = "id index text token_ids finish_reason prompt_tokens completion_tokens ttft_s latency_s logprobs"
+        assert list(line) == fields.split()
+        assert [each["token_id"] for each in line["logprobs"]] == line["token_ids"]
+        assert all(len(each["top"]) == 2 and each["logprob"] <= 0 for each in line["logprobs"])
+        assert 0 < line["ttft_s"] <= line["latency_s"]
+    errors = {line["line"]: line for line in map(json.loads, out.read_text().splitlines()) if "error" in line}
+    expected = {
+        2: ("2", "bad JSON"),
+        3: ("typo", "did you mean 'max_new_tokens'"),
+        4: ("long", "128 tokens; legal: up to 127"),
+        5: ("range", "token id 96 is out of range; legal: 0 to 95"),
+        6: ("empty", "at least 1 token"),
+        7: ("good", "used by line 1"),
+        8: ("text", "no tokenizer"),
+        9: ("9", "not UTF-8"),
+        10: ("bias", "token id 96"),
+    }
+    assert sorted(errors) == sorted(expected)
+    for number, (name, message) in expected.items():
+        assert errors[number]["id"] == name and message in errors[number]["error"]
+        assert re.search(f"jaxinfer.generate: line {number} .*{re.escape(message)}", done.stderr)
+    assert "WARNING: 9 of 12 lines are bad and did not run" in done.stderr
+    metrics = json.loads((tmp_path / "out.metrics.json").read_text())
+    assert metrics["bad lines"] == 9 and metrics["requests"] == 3 and metrics["samples"] == 4
+    assert metrics["output_tokens"] == sum(len(line["token_ids"]) for line in found.values())
+    described = json.loads((tmp_path / "out.run.json").read_text())
+    assert described["runs"][0]["mesh"] == {"stage": 2, "data": 1, "tensor": 2}
+    assert described["runs"][0]["devices"]["count"] == 4
+    assert described["settings"]["max_new_tokens"] == 5
+    # once more: what is finished stays as it was, the bad lines are tried again
+    before = tokens(out)
+    done = run("--model", tiny, "--prompts", prompts, "--output", out, "--max-new-tokens", 5, *SMALL, *FOUR)
+    assert tokens(out) == before
+    assert len(out.read_text().splitlines()) == 4 + 9
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_equals_undisturbed(tiny, tmp_path):
+    prompts = write_lines(tmp_path / "in.jsonl", random_lines(60))
+    arguments = ("--model", tiny, "--prompts", prompts, "--temperature", 0.9, *SMALL)
+    run(*arguments, "--output", tmp_path / "whole.jsonl")
+    whole = tokens(tmp_path / "whole.jsonl")
+    assert len(whole) == sum(line["n"] for line in random_lines(60))
+    out = tmp_path / "out.jsonl"
+    kills, before = 0, 0
+    while kills < 2:
+        going = subprocess.Popen(
+            command(*arguments, "--output", out), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+        )
+        while going.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < before + 20):
+            time.sleep(0.005)
+        going.send_signal(signal.SIGKILL)
+        assert going.wait() == -signal.SIGKILL, "the run was over before it was killed"
+        kills, before = kills + 1, out.read_bytes().count(b"\n")
+        with open(out, "a") as file:
+            file.write('{"id": "r59", "index": 0, "te')  # what a crash of the machine leaves
+    assert 20 <= before < len(whole)
+    done = run(*arguments, "--output", out)
+    assert tokens(out) == whole
+    assert "already finished" in done.stderr
+    runs = json.loads((tmp_path / "out.run.json").read_text())["runs"]
+    assert len(runs) == 3
+    last = out.read_bytes()
+    assert "nothing to run" in run(*arguments, "--output", out).stderr
+    assert out.read_bytes() == last
+
+
+@pytest.mark.slow
+def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
+    prompts = write_lines(tmp_path / "in.jsonl", [*random_lines(8), {"id": "bad"}])
+    arguments = ("--model", tiny, "--prompts", prompts, "--temperature", 0.9, *SMALL)
+    run(*arguments, "--output", tmp_path / "one.jsonl")
+    one = tokens(tmp_path / "one.jsonl")
+    out = tmp_path / "two.jsonl"
+
+    def pair() -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        where = (
+            "--mesh",
+            "stage=2,tensor=2",
+            "--cpu-devices",
+            2,
+            "--coordinator",
+            f"127.0.0.1:{port}",
+            "--num-processes",
+            2,
+        )
+        both = [
+            subprocess.Popen(
+                command(*arguments, "--output", out, *where, "--process-id", rank),
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        errors = [each.communicate(timeout=300)[1] for each in both]
+        assert [each.returncode for each in both] == [0, 0], errors
+        return errors
+
+    first, second = pair()
+    assert tokens(out) == one
+    assert "output tokens/s" in first and "output tokens/s" not in second
+    assert json.loads((tmp_path / "two.run.json").read_text())["runs"][0]["devices"]["processes"] == 2
+    # half of it is lost: process 0 looks at what is there, both do the rest
+    lines = [line for line in out.read_text().splitlines(keepends=True) if "error" not in line]
+    out.write_text("".join(lines[: len(lines) // 2]))
+    pair()
+    assert tokens(out) == one
+
+
+def test_text_on_the_screen(stories):
+    done = run(
+        "--model", stories, "--prompt", "Once upon a time", "--prompt", "The cat", "--max-new-tokens", 12, *SMALL
+    )
+    shown = dict(re.findall(r"=== (\d)\n(.*?)\n(?=\n|$)", done.stdout, re.DOTALL))
+    assert shown["1"].startswith("Once upon a time, there was") and shown["2"].startswith("The cat ")
+    assert "output tokens/s" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):
+    out = tmp_path / "out.jsonl"
+    arguments = (
+        "--model",
+        stories,
+        "--prompts",
+        "-",
+        "--output",
+        out,
+        "--max-new-tokens",
+        6,
+        "--max-context",
+        64,
+        *SMALL,
+    )
+    run(*arguments, stdin="One day\n\nThe dog\n")
+    assert sorted(results(out)) == [("1", 0), ("3", 0)]
+    done = run(*arguments, "--top-k", 5, stdin="One day\n\nThe dog\n", status=2)
+    assert done.stderr.count("\n") == 1
+    assert "has results of other settings (top_k: 0 -> 5); choose another output, --overwrite" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a"], "the following arguments are required: --model"),
+        (["--model", "{tiny}"], "give --prompts or --prompt"),
+        (["--model", "{tiny}", "--prompt", "a", "--prompts", "-"], "give --prompts or --prompt"),
+        (["--model", "{tiny}", "--prompt", "a", "--top-k", "five"], "argument --top-k: invalid int value: 'five'"),
+        (["--model", "{tiny}", "--prompt", "a", "--top-p", "7"], "top_p: 7.0 is not legal"),
+        (["--model", "{tiny}", "--prompt", "a", "--logit-bias", "5"], "legal is ID=BIAS,ID=BIAS"),
+        (["--model", "{tiny}", "--prompt", "a", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["--model", "{tiny}", "--prompt", "a", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        (["--model", "{tiny}", "--prompt", "a", "--max-batch", "0"], "max_batch: 0 is below 1"),
+        (["--model", "{tiny}", "--prompt", "a", "--mesh", "tensr=2"], "unknown axis 'tensr'"),
+        (
+            ["--model", "{tiny}", "--prompt", "a", "--mesh", "tensor=16"],
+            "needs 16 devices, found 8 (cpu); --cpu-devices N",
+        ),
+        (["--model", "{tiny}", "--prompt", "a", "--mesh", "tensor=3"], "heads=4 cannot be cut 3 ways (tensor); legal: 1, 2, 4"),
+        (["--model", "{tiny}", "--prompt", "a", "--mesh", "stage=5"], "stage"),
+        (["--model", "{tiny}", "--prompt", "a", "--stage-layers", "1,2", "--mesh", "stage=2"], "1,2"),
+        (["--model", "{tiny}", "--prompt", "a", "--cpu-devices", "0"], "cpu_devices: found 0, legal is at least 1"),
+        (["--model", "{tiny}", "--prompt", "a", "--pages", "1"], "pages: 1 is below 2"),
+        (["--model", "/no/such", "--prompt", "a"], "/no/such: no such checkpoint folder"),
+        (["--model", str(STORIES / "model"), "--prompt", "a"], "a Hugging Face folder, not a checkpoint"),
+        (["--model", "{tiny}", "--prompts", "/no/such.txt"], "/no/such.txt: No such file or directory"),
+        (["--model", "{tiny}", "--prompts", "{bad}", "--strict"], "line 2 (id '2'): prompt: found a number"),
+        (
+            ["--model", "{tiny}", "--prompts", "{text}", "--strict"],
+            "line 1 (id '1'): prompt: the checkpoint has no tokenizer",
+        ),
+        (["--model", "{tiny}", "--prompts", "{empty}"], "there is no prompt in it"),
+        (["--model", "{tiny}", "--prompt", "a", "--process-id", "0"], "belong together"),
+        (["--model", "{tiny}", "--prompts", "{bad}", "--output", "{bad}"], "--output is the file of prompts"),
+        (["--model", "{tiny}", "--prompts", "{bad}", "--output", "/dev/null/x.jsonl"], "/dev/null"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else re.sub(r"\W+", "-", value)[:40],
+)
+def test_mistakes_take_one_line(tiny, tmp_path, monkeypatch, capsys, arguments, message):
+    files = {
+        "tiny": tiny,
+        "bad": write_lines(tmp_path / "bad.jsonl", [{"prompt_token_ids": [3]}, {"prompt": 5}]),
+        "text": write_lines(tmp_path / "text.txt", [b"some text"]),
+        "empty": write_lines(tmp_path / "empty.jsonl", [b" "]),
+    }
+    status, error = in_process(monkeypatch, capsys, *(each.format(**files) for each in arguments))
+    assert status == 2
+    [line] = error.splitlines()
+    assert line.startswith("jaxinfer.generate: error: ")
+    assert message in line
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert "examples:" in done.stdout and "--mesh stage=2,tensor=2 --cpu-devices 4" in done.stdout
+    assert "--repetition-penalty" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_importing_the_package_starts_nothing():
+    code = "import sys, jaxinfer; assert 'jax' not in sys.modules; from jaxinfer import LLM, SamplingParams"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
