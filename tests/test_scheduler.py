@@ -54,9 +54,11 @@ class Engine:
         self.got[seq] = []
 
     def dispatch(self) -> bool:
-        decoding = [
-            seq for seq in self.sequences if seq.state is State.RUNNING and (seq.fed < seq.limit or seq.in_flight)
-        ]
+        decoding = {
+            seq: seq.epoch
+            for seq in self.sequences
+            if seq.state is State.RUNNING and (seq.fed < seq.limit or seq.in_flight)
+        }
         dispatch = self.scheduler.schedule()
         if dispatch is None:
             return False
@@ -69,7 +71,7 @@ class Engine:
             self.entered = 0
         elif any(row for rows in dispatch.stages[0] for row in rows):
             self.entered += 1
-            if any(seq.state is State.RUNNING for seq in decoding):
+            if any(seq.epoch == epoch for seq, epoch in decoding.items()):
                 assert self.entered <= self.scheduler.config.prefill_ticks
         return True
 
@@ -273,6 +275,20 @@ def test_microbatches_are_loaded_evenly_and_shards_by_free_pages():
         scheduler.add(seq)
     scheduler.schedule()
     assert (long.shard, short.shard) == (0, 1)
+
+
+@pytest.mark.parametrize(("new", "state"), [(1, State.PREFILL), (2, State.WAITING)])
+def test_admission_leaves_pages_for_one_block_of_everyone(new, state):
+    """Of 9 pages the first takes 3 and may ask for 4 in a block; the second takes 2, and asks for 1 with new=2."""
+    scheduler = Scheduler(config(pages=10, page_size=1, stages=2))
+    first, second = request(0, 3, 9 - 3), request(1, 2, new)
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.schedule()
+    assert (first.state, second.state) == (State.PREFILL, state)
+    scheduler.finish(first)
+    scheduler.schedule()
+    assert second.state is State.PREFILL
 
 
 def test_the_head_of_the_queue_is_not_overtaken():

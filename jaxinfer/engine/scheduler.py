@@ -76,7 +76,7 @@ class _Shard:
     last_epochs: list[int]  # per slot, of its owner in the last decode block
     residents: list[Sequence] = field(default_factory=list)  # hold a slot, by arrival
     filling: list[Sequence] = field(default_factory=list)  # those with chunks still to enter, by arrival
-    growing: int = 0  # residents that may need more pages than they hold
+    reserve: int = 0  # pages that the residents may ask for in their next block
 
     @property
     def free_slots(self) -> int:
@@ -263,8 +263,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Gives slots and pages to the head of the queue as long as a shard has room for it.
 
-        Room is pages for all its tokens, and one page more for each resident that may still grow, itself included:
-        with less, the next decode blocks would preempt it again at once.
+        Room is pages for all its tokens, and for the growth of one block of each resident, itself included: with less,
+        the next decode block would preempt it again.
         """
         config = self.config
         while self._queue:
@@ -276,11 +276,11 @@ class Scheduler:
                 return
             target = len(seq.prompt) + len(seq.output)
             pages = config.pages_for(target)
-            grows = pages < config.pages_for(seq.cache_tokens)
+            needed = pages + self._growth(seq, pages)
             best = None
             for index, shard in enumerate(self._shards):
                 slots, free = shard.free_slots, shard.pages.free_pages
-                if slots and free >= pages + grows + shard.growing and (best is None or (free, slots) > best[:2]):
+                if slots and free >= needed + shard.reserve and (best is None or (free, slots) > best[:2]):
                     best = free, slots, index
             if best is None:
                 return
@@ -294,22 +294,24 @@ class Scheduler:
             seq.slot = shard.take_slot()
             seq.pages = shard.pages.allocate(pages)
             seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False
-            shard.growing += grows
+            shard.reserve += needed - pages
             bisect.insort(shard.residents, seq, key=_arrival)
             bisect.insort(shard.filling, seq, key=_arrival)
 
     def _release(self, seq: Sequence) -> None:
         """Frees slot and pages. Its rows in the pipelines are stale from here on, known by their epoch."""
         shard = self._shards[seq.shard]
-        shard.growing -= self._grows(seq)
+        shard.reserve -= self._growth(seq, len(seq.pages))
         shard.pages.free(seq.pages)
         shard.return_slot(seq.slot)
         _discard(shard.residents, seq)
         _discard(shard.filling, seq)
         seq.epoch, seq.shard, seq.slot, seq.pages, seq.in_flight = 0, -1, -1, (), False
 
-    def _grows(self, seq: Sequence) -> bool:
-        return len(seq.pages) < self.config.pages_for(seq.cache_tokens)
+    def _growth(self, seq: Sequence, pages: int) -> int:
+        """Pages, on top of these, that one decode block may ask for."""
+        config = self.config
+        return min(config.pages_for(config.decode_steps), config.pages_for(seq.cache_tokens) - pages)
 
     def _preempt(self, seq: Sequence) -> None:
         self.preemptions += seq.prefilled > 0
@@ -455,5 +457,6 @@ class Scheduler:
             while more > shard.pages.free_pages and seq.slot >= 0:
                 self._preempt(shard.residents[-1])
             if more > 0 and seq.slot >= 0:
+                shard.reserve -= self._growth(seq, len(seq.pages))
                 seq.pages += shard.pages.allocate(more)
-                shard.growing -= not self._grows(seq)
+                shard.reserve += self._growth(seq, len(seq.pages))
