@@ -134,6 +134,8 @@ def execute(args: argparse.Namespace) -> int:
     bad = sum(isinstance(record, InputError) for record in todo)
     if bad:
         _say(args, f"WARNING: {bad:,} of {len(records):,} lines are bad and did not run")
+    if bad == len(records):
+        raise UsageError("no line could run")
     distributed.wait_for_all(f"{PROGRAM} ends")
     return 0
 
@@ -249,6 +251,8 @@ def _run(args: argparse.Namespace, todo: list[InputRecord | InputError], already
     if args.strict:
         _stop_at_error(todo)
     _write_errors(args, todo)
+    if not requests:
+        return
     first = not args.process_id
     writer = Writer(Path(args.output)) if first and args.output is not None else None
     shows = first and (args.print or args.output is None)

@@ -7,6 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.cluster.cpu import check_thread_pool, use_virtual_devices
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import Engine
@@ -14,6 +15,7 @@ from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.inputs import InputRecord, parse_record, token_ids
 from jaxinfer.parallel.mesh import parse_mesh
+from jaxinfer.parallel.stages import parse_stage_layers
 from jaxinfer.telemetry.progress import Progress
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -68,6 +70,7 @@ class LLM:
       path: the checkpoint folder that ``python -m convert`` wrote.
       mesh: sizes of the axes ``stage``, ``data``, ``tensor``, as text or mapping; one left out is 1.
       dtype: of weights, activations and cache; the checkpoint's if None.
+      stage_layers: layers per stage, as ``7,7,6,6`` or a sequence; balanced if None.
       cpu_devices: run on this many virtual CPU devices.
       loading: told (bytes loaded, bytes in all) while the weights load.
       options: further fields of `EngineConfig`.
@@ -82,6 +85,7 @@ class LLM:
         mesh: str | Mapping[str, int] = "",
         *,
         dtype: str | None = None,
+        stage_layers: str | Sequence[int] | None = None,
         cpu_devices: int | None = None,
         loading: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
@@ -91,7 +95,10 @@ class LLM:
         if unknown:
             raise ValueError(f"{unknown[0]}: no such option; legal: {', '.join(legal)}, cpu_devices, loading")
         sizes = parse_mesh(mesh if isinstance(mesh, str) else ",".join(f"{axis}={size}" for axis, size in mesh.items()))
-        config = EngineConfig(mesh=sizes, dtype=dtype, **options)
+        if stage_layers is not None:
+            text = stage_layers if isinstance(stage_layers, str) else ",".join(map(str, stage_layers))
+            stage_layers = parse_stage_layers(text, read_manifest(path).model["num_layers"], sizes["stage"])
+        config = EngineConfig(mesh=sizes, dtype=dtype, stage_layers=stage_layers, **options)
         if cpu_devices is not None:
             use_virtual_devices(cpu_devices)
         check_thread_pool()

@@ -34,7 +34,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     config = EngineConfig()
     group.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache (default: the checkpoint's)")
-    group.add_argument("--stage-layers", type=_integers, metavar="N,N,...", help="layers per stage (default: balanced)")
+    group.add_argument("--stage-layers", metavar="N,N,...", help="layers per stage (default: balanced)")
     for name, what in (
         ("max_batch", "sequences that decode at once, per data shard"),
         ("page_size", "tokens per cache page"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -19,6 +20,7 @@ from jaxinfer import generate
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT / "examples" / "tinystories"
 SMALL = ("--dtype", "float32", "--max-batch", "4", "--prefill-chunk", "32", "--decode-steps", "4")
+COMPILED = TemporaryDirectory(prefix="jaxinfer-test-")
 FOUR = ("--mesh", "stage=2,tensor=2", "--cpu-devices", "4")
 
 
@@ -46,8 +48,9 @@ def command(*arguments) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """A user's: nothing of the tests' own settings for JAX."""
-    return {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
+    """A user's: nothing of the tests' own settings for JAX, but what one command compiled the next need not."""
+    own = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
+    return own | {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def run(*arguments, status: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess:
@@ -286,9 +289,16 @@ def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):
             ["--model", "{tiny}", "--prompt", "a", "--mesh", "tensor=16"],
             "needs 16 devices, found 8 (cpu); --cpu-devices N",
         ),
-        (["--model", "{tiny}", "--prompt", "a", "--mesh", "tensor=3"], "heads=4 cannot be cut 3 ways (tensor); legal: 1, 2, 4"),
-        (["--model", "{tiny}", "--prompt", "a", "--mesh", "stage=5"], "stage"),
-        (["--model", "{tiny}", "--prompt", "a", "--stage-layers", "1,2", "--mesh", "stage=2"], "1,2"),
+        (
+            ["--model", "{tiny}", "--prompt", "a", "--mesh", "tensor=3"],
+            "heads=4 cannot be cut 3 ways (tensor); legal: 1, 2, 4",
+        ),
+        (["--model", "{tiny}", "--prompt", "a", "--mesh", "stage=5"], "stage=5: the model has 4 layers; legal: 1 to 4"),
+        (["--model", "{tiny}", "--prompt", "a", "--output", "{out}"], "no line could run"),
+        (
+            ["--model", "{tiny}", "--prompt", "a", "--stage-layers", "1,2", "--mesh", "stage=2"],
+            "adds up to 3 layers, the model has 4",
+        ),
         (["--model", "{tiny}", "--prompt", "a", "--cpu-devices", "0"], "cpu_devices: found 0, legal is at least 1"),
         (["--model", "{tiny}", "--prompt", "a", "--pages", "1"], "pages: 1 is below 2"),
         (["--model", "/no/such", "--prompt", "a"], "/no/such: no such checkpoint folder"),
@@ -311,11 +321,13 @@ def test_mistakes_take_one_line(tiny, tmp_path, monkeypatch, capsys, arguments, 
         "tiny": tiny,
         "bad": write_lines(tmp_path / "bad.jsonl", [{"prompt_token_ids": [3]}, {"prompt": 5}]),
         "text": write_lines(tmp_path / "text.txt", [b"some text"]),
+        "out": tmp_path / "out.jsonl",
         "empty": write_lines(tmp_path / "empty.jsonl", [b" "]),
     }
     status, error = in_process(monkeypatch, capsys, *(each.format(**files) for each in arguments))
     assert status == 2
-    [line] = error.splitlines()
+    *before, line = error.splitlines()
+    assert all("no tokenizer" in each or "WARNING" in each for each in before)
     assert line.startswith("jaxinfer.generate: error: ")
     assert message in line
 
