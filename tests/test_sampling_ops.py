@@ -60,7 +60,7 @@ def make_row(kind, rng):
     if kind == "ties":
         x = np.round(x / 3)
     elif kind == "near ties":
-        x = np.nextafter(np.float32(1), inf * rng.choice([-1, 1], VOCAB), dtype=np.float32)
+        x = np.nextafter(np.float32(1), rng.choice([-inf, np.float32(1), inf], VOCAB), dtype=np.float32)
     elif kind == "flat":
         x = np.full(VOCAB, rng.choice([-1e30, -1.0, 0.0, -0.0, 7.0]))
     elif kind == "zeros of both signs":
