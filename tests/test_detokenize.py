@@ -176,7 +176,7 @@ def test_stop_strings(tokenizer, prompt, output, cuts, data):
     stops = data.draw(st.lists(st.one_of(inside, nearly, TEXT.filter(bool)), min_size=1, max_size=4))
     found = stream(tokenizer, prompt, output, cuts, stops)
     expected = expected_stop(tokenizer, prompt, output, text, stops)
-    assert (found.text, found.stopped, found.stopped_at) == expected
+    assert (found.text, found.stopped, found.stopped_tokens) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -211,9 +211,9 @@ def test_beginning_of_a_stop_string_is_held_back(folder):
     found = TextStream(tokenizer, stop=["fox!", "x\n"])
     said = [found.append(tokenizer.encode(each)) for each in ("the fo", "x", " fo", "xx", "\n", " more")]
     assert said == ["the ", "", "fox ", "fox", "", ""]
-    assert (found.text, found.stopped, found.stopped_at) == ("the fox fox", "x\n", found.stopped_at)
+    assert (found.text, found.stopped, found.stopped_tokens) == ("the fox fox", "x\n", found.stopped_tokens)
     ids = [token for each in ("the fo", "x", " fo", "xx", "\n") for token in tokenizer.encode(each)]
-    assert found.stopped_at == len(ids) and found.finish() == ""
+    assert found.stopped_tokens == len(ids) and found.finish() == ""
     unfinished = TextStream(tokenizer, stop=["fox!"])
     assert unfinished.append(tokenizer.encode("a fox")) == "a " and unfinished.finish() == "fox"
 
@@ -223,7 +223,7 @@ def test_stop_string_completed_by_the_last_bytes(folder):
     ids = tokenizer.encode("a 日", add_special_tokens=False)
     found = TextStream(tokenizer, stop=["日"])
     assert found.append(ids) == "a "
-    assert found.finish() == "" and found.stopped == "日" and found.stopped_at == len(ids)
+    assert found.finish() == "" and found.stopped == "日" and found.stopped_tokens == len(ids)
 
 
 @pytest.mark.parametrize("name", ["byte level", "byte fallback"])

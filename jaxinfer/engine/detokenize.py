@@ -31,7 +31,7 @@ class TextStream:
 
     Attributes:
       stopped: the stop string that ended the text, None so far.
-      stopped_at: how many output tokens it took, the one that completed the stop string included.
+      stopped_tokens: how many output tokens it took, the one that completed the stop string included.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Iterable[str] = ()):
@@ -39,7 +39,7 @@ class TextStream:
         self._visible, self._single_bytes = _kinds(tokenizer)
         self._stop = tuple(stop)
         self.stopped: str | None = None
-        self.stopped_at: int | None = None
+        self.stopped_tokens: int | None = None
         self._parts: list[str] = []
         self._held = ""  # may be the beginning of a stop string
         self._seen = 0  # output tokens
@@ -108,7 +108,7 @@ class TextStream:
         found = [(at + len(stop), at, stop) for stop in self._stop if (at := buffer.find(stop)) >= 0]
         if found:
             stop_end, keep, self.stopped = min(found)
-            self.stopped_at = self._place(end, text[: known + stop_end - len(self._held)])
+            self.stopped_tokens = self._place(end, text[: known + stop_end - len(self._held)])
         elif final:
             keep = len(buffer)
         else:
