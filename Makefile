@@ -10,7 +10,6 @@ MODEL := build/tinystories
 
 # XLA's thread pool: with fewer than four threads per virtual device its collectives can deadlock
 export NPROC ?= 32
-export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
