@@ -546,7 +546,7 @@ def same_checkpoint(one, other):
 
 def test_killed_again_and_again_it_finishes_as_if_undisturbed(tmp_path):
     hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
-    make_hf_folder(hf, num_hidden_layers=10, max_shard_size=60_000)
+    make_hf_folder(hf, num_hidden_layers=12, max_shard_size=60_000)
     (hf / "tokenizer.json").write_text("{}")
     convert(hf, tmp_path / "undisturbed", quiet=True)
     kept = {}
@@ -581,6 +581,7 @@ def test_after_a_crash_what_is_damaged_is_written_again(tmp_path):
     missing.unlink()
     os.truncate(short, 3)
     (ckpt / "params" / "norm.partial").mkdir(exist_ok=True)
+    kill_after(hf, ckpt, 40)  # once more, so that what followed the torn line is read again
     convert(hf, ckpt, quiet=True)
     shutil.rmtree(ckpt / "params" / "norm.partial", ignore_errors=True)
     same_checkpoint(ckpt, tmp_path / "undisturbed")
