@@ -12,7 +12,6 @@ def main():
     use_virtual_devices(int(devices))
     initialize(coordinator, int(count), int(index))
     from engine_run import make_engine, run, tokens
-
     from jaxinfer.engine.params import SamplingParams
 
     engine = make_engine(checkpoint, mesh)

@@ -14,7 +14,7 @@ def make_engine(checkpoint, mesh: str = "", **settings) -> Engine:
 
 
 def finish(engine: Engine) -> dict[tuple[str, int], Output]:
-    """Steps until nothing is left; checks that the updates add up to the outputs (to their ends, if some came before)."""
+    """Steps until nothing is left; checks that the updates add up to the outputs (or to their ends)."""
     outputs, streamed = {}, {}
     while engine.has_unfinished():
         for update in engine.step():

@@ -1,4 +1,4 @@
-"""Several real processes under jax.distributed on this machine: the tokens of one, and each reads its own bytes only."""
+"""Several real processes under jax.distributed: the tokens of one process, and each reads its own bytes only."""
 
 import json
 import os
@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_models import make_hf_folder
 
 from convert.run import convert
+from hf_models import make_hf_folder
 from jaxinfer.checkpoint.manifest import read_manifest
 
 TESTS = Path(__file__).parent
@@ -62,7 +62,13 @@ def alone(checkpoint):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "count, devices, mesh",
-    [(2, 1, "stage=2"), (2, 1, "tensor=2"), (2, 2, "stage=2,tensor=2"), (4, 1, "stage=2,tensor=2"), (2, 2, "data=2,stage=2")],
+    [
+        (2, 1, "stage=2"),
+        (2, 1, "tensor=2"),
+        (2, 2, "stage=2,tensor=2"),
+        (4, 1, "stage=2,tensor=2"),
+        (2, 2, "data=2,stage=2"),
+    ],
 )
 def test_processes_agree_and_read_their_own_bytes(checkpoint, alone, count, devices, mesh):
     results = run_processes(checkpoint, count, devices, mesh)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hf_models import make_hf_folder
-from model_logits import logits
 
 from convert.run import convert
+from hf_models import make_hf_folder
 from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.models.config import ModelConfig
+from model_logits import logits
 
 TOLERANCE = 2e-4
 VOCABULARY = 131  # prime: no mesh divides it
@@ -41,7 +41,9 @@ ROPES = {
 }
 
 
-def compare(tmp_path, family="llama", mesh="", tokens=TOKENS, chunks=None, stage_layers=None, page_size=16, **overrides):
+def compare(
+    tmp_path, family="llama", mesh="", tokens=TOKENS, chunks=None, stage_layers=None, page_size=16, **overrides
+):
     overrides = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128} | overrides
     model = make_hf_folder(tmp_path / "hf", family, attn_implementation="eager", **overrides)
     convert(tmp_path / "hf", tmp_path / "ckpt")

@@ -4,10 +4,10 @@ from itertools import product
 
 import numpy as np
 import pytest
-from engine_run import make_engine, run, tokens
-from hf_models import make_hf_folder
 
 from convert.run import convert
+from engine_run import make_engine, run, tokens
+from hf_models import make_hf_folder
 from jaxinfer.engine.params import SamplingParams
 
 VOCABULARY = 131  # prime: padded on every mesh

@@ -20,7 +20,8 @@ class EngineConfig:
       memory_fraction: share of a device's memory that weights and cache may take.
       decode_steps: decode steps per dispatch.
       prefill_chunk: prompt tokens per prefill tick and data shard.
-      prefill_ticks: prefill ticks between two decode blocks while something decodes.
+      prefill_ticks: prefill ticks between two decode blocks while something decodes; None grows with max_batch, so that
+        slots are refilled as fast as they fall free.
       max_context: prompt and output tokens of one request; None takes the model's.
       seed: of requests that bring none.
     """
@@ -34,13 +35,13 @@ class EngineConfig:
     memory_fraction: float = 0.9
     decode_steps: int = 8
     prefill_chunk: int = 512
-    prefill_ticks: int = 4
+    prefill_ticks: int | None = None
     max_context: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         for name in ("max_batch", "page_size", "decode_steps", "prefill_chunk", "prefill_ticks"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 1")
         if self.pages is not None and self.pages < 2:
             raise ValueError(f"pages: {self.pages} is below 2 (one page is the null page)")

@@ -13,7 +13,7 @@ TOP_LOGPROBS = 20  # as many as a request may ask for; the host cuts to what eac
 
 
 class Features(NamedTuple):
-    """What some request of a dispatch needs beyond greedy tokens; part of a program's identity, so plain runs stay lean.
+    """What some request needs beyond greedy tokens; part of a program's identity, so that plain runs stay lean.
 
     Which program ran never changes a row's tokens."""
 

@@ -1,6 +1,5 @@
-"""The loop from requests to tokens. Every process runs the same loop on the same requests and reads the same results."""
+"""The loop from requests to tokens. Every process runs it on the same requests and reads the same results."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -57,11 +56,17 @@ class Engine:
         limit = min(map(device_limit, jax.local_devices()))
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
         self.tokenizer = load_tokenizer(self.path)
-        self.eos_token_ids = _eos_token_ids(self.path, model)
         self.stats = Stats()
         params = self._load(decoder, rules, loading)
         self._runner = Runner(
-            decoder, config, self.mesh, rules, self.dtype, params, self.memory.pages, self.max_context, self.eos_token_ids
+            decoder,
+            config,
+            self.mesh,
+            rules,
+            self.dtype,
+            params,
+            self.memory.pages,
+            self.max_context,
         )
         rows = self._runner.programs.rows()
         self.scheduler = Scheduler(
@@ -73,7 +78,7 @@ class Engine:
                 page_size=config.page_size,
                 decode_steps=config.decode_steps,
                 prefill_shapes=config.prefill_shapes(),
-                prefill_ticks=config.prefill_ticks,
+                prefill_ticks=config.prefill_ticks or max(4, config.max_batch // 16),
             )
         )
         self._samples: dict[Sequence, Sample] = {}
@@ -89,7 +94,8 @@ class Engine:
           ValueError: an id in use, an empty prompt or one that fills the context, a token id or a sampling parameter
             outside the vocabulary, or more tokens than the cache can ever hold.
         """
-        prompt, params, vocabulary = tuple(request.prompt_token_ids), request.params, self.model.vocab_size
+        prompt, params, model = tuple(request.prompt_token_ids), request.params, self.model
+        vocabulary = model.vocab_size
         if request.id in self._open:
             raise ValueError(f"id {request.id!r} is in use by an unfinished request")
         if not prompt:
@@ -98,10 +104,14 @@ class Engine:
         if wrong is not None:
             raise ValueError(f"token id {wrong} is out of range; legal: 0 to {vocabulary - 1}")
         if len(prompt) >= self.max_context:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; legal: up to {self.max_context - 1} (max_context - 1)")
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; legal: up to {self.max_context - 1} (max_context - 1)"
+            )
         params.check_vocabulary(vocabulary)
         room = self.max_context - len(prompt)
-        capped = params if params.max_new_tokens <= room else params.merge({"max_new_tokens": room})
+        capped = params
+        if params.max_new_tokens > room:
+            capped = params.merge({"max_new_tokens": room, "min_new_tokens": min(params.min_new_tokens, room)})
         sequences = []
         for index in range(params.n):
             if params.seed is None:
@@ -120,7 +130,7 @@ class Engine:
         now = time.perf_counter()
         for sequence in sequences:
             own = replace(request, params=sequence.params)
-            self._samples[sequence] = Sample(own, sequence, self.tokenizer, self.eos_token_ids, now)
+            self._samples[sequence] = Sample(own, sequence, self.tokenizer, model.eos_token_ids, now)
         self._open[request.id] = sequences
 
     def abort(self, request_id: str) -> list[Update]:
@@ -243,11 +253,3 @@ def _emitted_rows(arrays: Emitted, at: tuple[Any, ...]) -> Emitted:
     rows = jax.tree.map(lambda each: each[at], arrays)
     emitted = rows.tokens >= 0
     return jax.tree.map(lambda each: each[emitted], rows)
-
-
-def _eos_token_ids(path: Path, model: ModelConfig) -> tuple[int, ...]:
-    """The config's end tokens and those that generation_config.json adds (chat models list their turn end there only)."""
-    file = path / "tokenizer" / "generation_config.json"
-    more = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-    more = more if isinstance(more, list) else [] if more is None else [more]
-    return tuple(sorted({*model.eos_token_ids, *more}))

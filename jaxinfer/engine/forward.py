@@ -55,7 +55,7 @@ class Decoder:
     ) -> tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]:
         """x [B, T, H] through this stage's layers; positions [B, T] are -1 where a token is not live.
 
-        Pools are local, [1, 1, P, page_size, K, D] per layer slot; returns x and the pools with the new keys and values.
+        Pools are local, [1, 1, P, page_size, K, D] per layer slot. Returns x, and the pools with new keys and values.
         """
         stage = jax.lax.axis_index("stage")
         cos, sin = rope.angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)

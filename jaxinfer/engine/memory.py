@@ -54,17 +54,17 @@ def plan_memory(
     budget = int(limit * config.memory_fraction) - weights - workspace
     if config.pages is not None and config.pages < needed:
         raise LayoutError(
-            f"pages: {config.pages} is too few for one context of {max_context} tokens; legal: at least {needed} pages of "
-            f"{config.page_size} tokens (one is the null page), or a smaller max-context"
+            f"pages: {config.pages} is too few for one context of {max_context} tokens; legal: at least {needed} pages "
+            f"of {config.page_size} tokens (one is the null page), or a smaller max-context"
         )
     pages = config.pages or min(useful, max(needed, budget // page))
     if pages * page > budget:
         raise LayoutError(
-            f"memory: needs {(weights + workspace + pages * page) / MIB:.0f} MiB per device (weights {weights / MIB:.0f}, "
-            f"workspace {workspace / MIB:.0f}, cache {pages * page / MIB:.0f} for {pages} pages of {config.page_size} "
-            f"tokens; a context of {max_context} takes {needed}), but {config.memory_fraction:.0%} of {limit / MIB:.0f} "
-            f"MiB is {limit * config.memory_fraction / MIB:.0f}; use more devices (tensor, stage), a smaller dtype, "
-            "max-context, max-batch or prefill-chunk, or fewer pages"
+            f"memory: needs {(weights + workspace + pages * page) / MIB:.0f} MiB per device "
+            f"(weights {weights / MIB:.0f}, workspace {workspace / MIB:.0f}, cache {pages * page / MIB:.0f}: {pages} "
+            f"pages of {config.page_size} tokens, {needed} for a context of {max_context}), but "
+            f"{config.memory_fraction:.0%} of {limit / MIB:.0f} MiB is {limit * config.memory_fraction / MIB:.0f}; use "
+            "more devices (tensor, stage), a smaller dtype, max-context, max-batch or prefill-chunk, or fewer pages"
         )
     return MemoryPlan(weights, page, workspace, limit, int(pages))
 
@@ -72,7 +72,7 @@ def plan_memory(
 def _workspace(
     decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, item: int, max_context: int
 ) -> int:
-    """What a prefill tick holds beside weights and cache: activations, and the plain attention's gathered pages and scores."""
+    """What a prefill tick holds beside weights and cache: activations, gathered pages, scores of plain attention."""
     model, chunk = decoder.config, config.prefill_chunk
     heads = local_size("heads", model.num_heads, rules, sizes)
     kv_heads = local_size("kv_heads", model.num_kv_heads, rules, sizes)

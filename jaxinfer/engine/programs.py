@@ -83,7 +83,9 @@ class Programs:
     def with_counts(self, state: State) -> State:
         """Adds the token counts, which only requests with penalties, bias or min_new_tokens need."""
         sizes = mesh_sizes(self._mesh)
-        width = local_size("vocab", self._decoder.config.vocab_size, self._rules, sizes) * sizes["stage"] * sizes["tensor"]
+        width = (
+            local_size("vocab", self._decoder.config.vocab_size, self._rules, sizes) * sizes["stage"] * sizes["tensor"]
+        )
         shape = (sizes["data"], sizes["stage"] * self.rows(), width)
         sharding = NamedSharding(self._mesh, P("data", None, VOCAB_AXES))
         return state._replace(counts=jax.jit(lambda: jnp.zeros(shape, jnp.int32), out_shardings=sharding)())
@@ -91,7 +93,9 @@ class Programs:
     def replicated(self, tree: Any) -> Any:
         """Host arrays, equal on all processes, as arrays on every device."""
         sharding = NamedSharding(self._mesh, P())
-        return jax.tree.map(lambda each: jax.make_array_from_callback(each.shape, sharding, lambda index: each[index]), tree)
+        return jax.tree.map(
+            lambda each: jax.make_array_from_callback(each.shape, sharding, lambda index: each[index]), tree
+        )
 
     def decode(self, params: Any, state: State, inputs: DecodeInputs, sampling: Any, features: Features):
         key = ("decode", inputs.tables.shape[-1], features, state.counts is None)

@@ -1,4 +1,4 @@
-"""From the scheduler's decisions to device programs: builds their arrays, runs them, starts the copy of what they emit."""
+"""From the scheduler's decisions to device programs: builds their arrays, runs them, starts the copy of results."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +41,19 @@ class Runner:
     """Holds the weights, the device state and the rows' sampling parameters."""
 
     def __init__(
-        self, decoder: Decoder, config: EngineConfig, mesh: Mesh, rules: Rules, dtype: Any, params: Any, pages: int,
-        max_context: int, eos: tuple[int, ...],
-    ):  # fmt: skip
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        mesh: Mesh,
+        rules: Rules,
+        dtype: Any,
+        params: Any,
+        pages: int,
+        max_context: int,
+    ):
         self.programs = Programs(decoder, config, mesh, rules, dtype)
         self._params = params
-        self._eos = eos
+        self._eos = decoder.config.eos_token_ids
         self._state = self.programs.new_state(pages)
         sizes = mesh_sizes(mesh)
         self._shards, self._stages = sizes["data"], sizes["stage"]

@@ -44,17 +44,20 @@ class Sample:
             self._logprobs += [_token_logprob(emitted, offset, params.logprobs) for offset in range(len(tokens))]
         text = ""
         if self._stream is not None:
-            ended = [self._token_ids[-1]] if reason else []  # a stop token is not part of the text
-            text = self._stream.append(tokens[: len(tokens) - len(ended)])
+            # a stop token is not part of the text
+            text = self._stream.append(tokens[:-1] if reason else tokens)
+        if reason is None and len(self._token_ids) >= self.sequence.params.max_new_tokens:
+            reason = "length"
+        if self._stream is not None:
+            if reason:
+                text += self._stream.finish()  # may complete a stop string whose bytes were held back
             if self._stream.stopped is not None:
                 reason = "stop"
                 del self._token_ids[self._stream.stopped_tokens :], self._logprobs[self._stream.stopped_tokens :]
                 tokens = self._token_ids[known:]
-        if reason is None and len(self._token_ids) >= self.sequence.params.max_new_tokens:
-            reason = "length"
-        if reason and self._stream is not None:
-            text += self._stream.finish()
-        return Update(self._request.id, self.sequence.index, tokens, text, self._output(reason, now) if reason else None)
+        return Update(
+            self._request.id, self.sequence.index, tokens, text, self._output(reason, now) if reason else None
+        )
 
     def aborted(self, now: float) -> Update:
         return Update(self._request.id, self.sequence.index, [], "", self._output("abort", now))

@@ -1,9 +1,9 @@
 """The two device programs: a block of decode steps and a prefill tick. Both run under one `jax.shard_map`.
 
-Time is cut into ticks. In a tick each stage works on one microbatch and passes it on; decode has as many microbatches as
-stages, so in steady decode no stage idles. What is in flight between the stages stays on the devices across dispatches
-(`State.x`), so a block neither fills nor drains the pipeline. Letters: M microbatches = stages, b rows of one, K steps,
-R rows and C tokens of a prefill tick, W table width in pages."""
+Time is cut into ticks. In a tick each stage works on one microbatch and passes it on; decode has as many microbatches
+as stages, so in steady decode no stage idles. What is in flight between the stages stays on the devices across
+dispatches (`State.x`), so a block neither fills nor drains the pipeline. Letters: M microbatches = stages, b rows of
+one, K steps, R rows and C tokens of a prefill tick, W table width in pages."""
 
 from typing import Any, NamedTuple
 
@@ -127,7 +127,12 @@ def decode_block(
 
 
 def prefill_tick(
-    decoder: Decoder, features: Features, params: Any, state: State, inputs: PrefillInputs, sampling: SamplingArrays | None
+    decoder: Decoder,
+    features: Features,
+    params: Any,
+    state: State,
+    inputs: PrefillInputs,
+    sampling: SamplingArrays | None,
 ) -> tuple[State, Emitted, Emitted | None]:
     """One tick of prefill. Returns the first tokens [Dp, R] of final rows that leave (-1 elsewhere) and, when scored,
     the logprobs [Dp, R, C, ...] of the targets."""

@@ -1,6 +1,6 @@
 """The LLaMA family: LLaMA, Mistral, Qwen2.
 
-Flax modules describe one decoder layer and the two ends; `Parameter` says which checkpoint leaves each array is made of.
+Flax modules describe one decoder layer and the two ends; `Parameter` says which checkpoint leaves make up each array.
 The calls run on one device's shard inside `jax.shard_map`: head counts and widths are read off the local weights, and
 each collective is written out. Matmul weights are [in, out]; q/k/v and gate/up are fused by columns."""
 
@@ -26,8 +26,6 @@ ACTIVATIONS = {
 
 # Attend: q [B, T, N, D], k and v [B, T, K, D] -> [B, T, N, D], through whatever cache the engine keeps
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
 
 
 class Layer(nnx.Module):

@@ -10,7 +10,7 @@ MASKED = -1e30  # finite: a row without any visible key stays free of NaN
 
 
 def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, positions: jax.Array) -> jax.Array:
-    """Writes new [B, T, K, D] at positions [B, T] through tables [B, W]; returns the pool, updated in place if donated."""
+    """Writes new [B, T, K, D] at positions [B, T] through tables [B, W]; returns the pool, in place if donated."""
     pages, page_size, heads, width = pool.shape
     page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // page_size, axis=1)
     cell = jnp.where(positions < 0, 0, page * page_size + positions % page_size)

@@ -51,7 +51,9 @@ def _attention_scale(rope: Rope) -> float:
         return float(given["attention_factor"])
     factor = given["factor"]
     if rope.kind == "longrope":  # Ding et al., "LongRoPE", 2024
-        return math.sqrt(1 + math.log(factor) / math.log(given["original_max_position_embeddings"])) if factor > 1 else 1.0
+        return (
+            math.sqrt(1 + math.log(factor) / math.log(given["original_max_position_embeddings"])) if factor > 1 else 1.0
+        )
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,4 +1,4 @@
-"""The collectives of the forward pass, each a line in the source. All run inside `jax.shard_map` over the whole mesh."""
+"""The collectives of the forward pass, each a line in the source. All run inside `jax.shard_map` over all axes."""
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ VOCAB_AXES = ("stage", "tensor")  # the axes over which everything vocabulary-wi
 
 
 class LayoutError(ValueError):
-    """A mesh or a split that this model cannot have: the message gives the dimension, its value and the legal values."""
+    """A mesh or a split that this model cannot have: the message gives the dimension, its value and what is legal."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -45,7 +45,9 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
     used = devices[:wanted]
     idle = set(range(jax.process_count())) - {device.process_index for device in used}
     if idle:
-        raise LayoutError(f"mesh {text} uses {wanted} of {len(devices)} devices and leaves process {min(idle)} without one")
+        raise LayoutError(
+            f"mesh {text} uses {wanted} of {len(devices)} devices and leaves process {min(idle)} without one"
+        )
     return Mesh(np.array(used).reshape(shape), AXES)
 
 

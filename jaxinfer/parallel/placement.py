@@ -121,6 +121,8 @@ def check_layout(dimensions: Mapping[str, int], rules: Rules, sizes: MeshSizes) 
             continue  # more ranks than KV heads: each head is held by several
         if size % count:
             more = f" or a multiple of {size}" if axis == "kv_heads" else ""
-            wrong.append(f"{axis}={size} cannot be cut {count} ways ({names}); legal: {', '.join(map(str, legal))}{more}")
+            wrong.append(
+                f"{axis}={size} cannot be cut {count} ways ({names}); legal: {', '.join(map(str, legal))}{more}"
+            )
     if wrong:
         raise LayoutError("; ".join(wrong))

@@ -1,0 +1,45 @@
+"""Greedy tokens of the embedded model by transformers, in float32 on the CPU: what any mesh must give too."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+STORIES = Path(__file__).parents[1] / "examples" / "tinystories" / "model"
+MARGIN = 1e-3  # below it, two correct programs may choose differently
+
+
+@cache
+def model():
+    return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+
+
+def story_prompts(lengths: list[int]) -> dict[str, list[int]]:
+    """Beginnings of a long text by the model itself, so that prompts are sensible at any length."""
+    longest = max(lengths)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        start = torch.tensor([[0]])
+        text = model().generate(start, do_sample=True, max_new_tokens=longest, min_new_tokens=longest, top_k=50)
+    return {str(length): text[0].tolist()[:length] for length in lengths}
+
+
+def agree_up_to_ties(found: list[int], expected: list[int], margins: list[float]):
+    """Equal up to the first place where the reference itself could have gone either way; says whether to the end."""
+    for one, other, margin in zip(found, expected, margins, strict=True):
+        if margin < MARGIN:
+            return False
+        assert one == other
+    return True
+
+
+def equal_to_transformers(found, prompts: dict[str, list[int]]) -> None:
+    whole = 0
+    for name, prompt in prompts.items():
+        new = found[name, 0].token_ids
+        with torch.no_grad():
+            logits = model()(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+        top = logits.topk(2).values
+        whole += agree_up_to_ties(new, logits.argmax(-1).tolist(), (top[:, 0] - top[:, 1]).tolist())
+    assert whole >= len(prompts) - 2, "too many ties: the comparison would be empty"
