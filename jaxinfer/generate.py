@@ -1,6 +1,7 @@
 """``python -m jaxinfer.generate``: prompts in, completions out, on any mesh of devices."""
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -151,6 +152,9 @@ def _guarded(args: argparse.Namespace) -> int:
         again = "; the same command does the rest" if args.output else ""
         print(f"{PROGRAM}: interrupted{again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the screen, head say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, title: str) -> None:
     for field in attrs.fields(SamplingParams):
         number = float if isinstance(field.default, float) else int
         form = forms.get(field.name, {"type": number, "metavar": "X" if number is float else "N"})
-        default = "" if field.default in (None, (), False) else f" (default: {field.default:g})"
+        shown = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+        default = f" (default: {field.default:g})" if shown else ""
         group.add_argument(_flag(field.name), help=field.metadata["help"].replace("%", "%%") + default, **form)
 
 

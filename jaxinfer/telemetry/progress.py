@@ -21,7 +21,14 @@ class Progress:
         self._lines = 0
         self._bar: Any = None
         if shown and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=scale, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(
+                total=total,
+                desc=what,
+                unit=unit if scale else f" {unit}",
+                unit_scale=scale,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
 
     def update(self, done: int = 0, tokens: int = 0) -> None:
         """`done` more are finished, `tokens` more tokens exist."""
