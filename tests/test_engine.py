@@ -168,3 +168,31 @@ def test_prompt_logprobs_equal_transformers(tmp_path):
         assert entry.logprob == pytest.approx(row[whole[at + 1]].item(), abs=2e-4)
         assert [value for _, value in entry.top] == pytest.approx(row.topk(4).values.tolist(), abs=2e-4)
         assert entry.rank == 1 + int((row > row[whole[at + 1]]).sum())
+
+
+def test_stop_strings_and_stop_tokens_end_the_text_before_them(stories):
+    engine = make_engine(stories)
+    prompt = engine.tokenizer.encode("Once upon a time")
+    free = run(engine, {"x": prompt}, SamplingParams(max_new_tokens=40, ignore_eos=True))["x", 0]
+    at = len(free.text) // 2
+    stop = free.text[at : at + 7]
+    cut = free.text.index(stop)
+    output = run(engine, {"x": prompt}, SamplingParams(max_new_tokens=40, ignore_eos=True, stop=(stop,)))["x", 0]
+    assert (output.text, output.finish_reason) == (free.text[:cut], "stop")
+    assert output.token_ids == free.token_ids[: output.completion_tokens]
+    assert stop in engine.tokenizer.decode(output.token_ids) and output.completion_tokens < 40
+
+    last = free.token_ids[9]
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True, stop_token_ids=(last,))
+    output = run(engine, {"x": prompt}, params)["x", 0]
+    assert output.token_ids == free.token_ids[: free.token_ids.index(last) + 1]
+    assert output.text == engine.tokenizer.decode(output.token_ids[:-1])
+
+
+def test_a_requests_tokens_do_not_depend_on_its_neighbours(tiny):
+    wanted = SamplingParams(max_new_tokens=30, temperature=1.0, seed=11, n=2, ignore_eos=True, presence_penalty=0.5)
+    alone = tokens(run(make_engine(tiny), {"x": [7, 8, 9]}, wanted))
+    assert alone["x", 0] != alone["x", 1], "samples of one request draw differently"
+    prompts, params = random_requests(12, seed=9)
+    crowd = run(make_engine(tiny, max_batch=3), prompts | {"x": [7, 8, 9]}, params | {"x": wanted})
+    assert {key: output.token_ids for key, output in crowd.items() if key[0] == "x"} == alone

@@ -1,0 +1,184 @@
+"""Meshes, splits and memory: what cannot be is refused with the dimension, the value and what is legal."""
+
+import json
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert.run import convert
+from hf_models import make_hf_folder
+from jaxinfer.checkpoint.load import _local_array
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.forward import Decoder
+from jaxinfer.engine.memory import plan_memory
+from jaxinfer.models.config import from_hf
+from jaxinfer.models.leaves import Leaf
+from jaxinfer.parallel.mesh import LayoutError, make_mesh, parse_mesh
+from jaxinfer.parallel.placement import Parameter, Rules, check_layout, global_shape, local_shape, partition_spec
+from jaxinfer.parallel.stages import balance, parse_stage_layers, slots
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def test_parse_mesh():
+    assert parse_mesh("stage=2,tensor=4") == {"stage": 2, "data": 1, "tensor": 4}
+    assert parse_mesh("") == {"stage": 1, "data": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("pipeline=2", "unknown axis 'pipeline'.*stage, data, tensor"),
+        ("stage=2,stage=2", "'stage' is given twice"),
+        ("stage=0", "stage='0' is not a positive"),
+        ("tensor", "tensor='' is not a positive"),
+        ("tensor=2.5", "'2.5' is not a positive"),
+    ],
+)
+def test_parse_mesh_refuses(text, message):
+    with pytest.raises(LayoutError, match=message):
+        parse_mesh(text)
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(LayoutError, match="stage=4,data=1,tensor=4 needs 16 devices, found 8"):
+        make_mesh(parse_mesh("stage=4,tensor=4"))
+
+
+def test_balance():
+    assert balance(26, 4) == (7, 7, 6, 6)
+    assert balance(80, 8) == (10,) * 8
+    with pytest.raises(LayoutError, match="stage=7: the model has 6 layers; legal: 1 to 6"):
+        balance(6, 7)
+
+
+def test_parse_stage_layers():
+    assert parse_stage_layers("7, 7,6,6", 26, 4) == (7, 7, 6, 6)
+    for text, message in {
+        "7,7,6": "gives 3 stages, the mesh has stage=4",
+        "7,7,6,5": "adds up to 25 layers, the model has 26",
+        "7,7,6,x": "not a list of positive whole numbers",
+        "13,13,0,0": "not a list of positive whole numbers",
+    }.items():
+        with pytest.raises(LayoutError, match=message):
+            parse_stage_layers(text, 26, 4)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_slots_hold_every_layer_once(stage_layers):
+    held = slots(tuple(stage_layers))
+    assert len(held) == max(stage_layers)
+    for stage, count in enumerate(stage_layers):
+        layers = [slot[stage] for slot in held]
+        first = sum(stage_layers[:stage])
+        assert layers == [*range(first, first + count), *[None] * (len(held) - count)]
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8, 16, 32, 64])
+def test_llama_70b_runs_over(tensor):
+    check_layout({"heads": 64, "kv_heads": 8, "mlp": 28672}, Rules(), {"stage": 1, "data": 1, "tensor": tensor})
+
+
+def test_llama_70b_over_six_is_refused_with_every_reason():
+    with pytest.raises(LayoutError) as error:
+        check_layout({"heads": 64, "kv_heads": 8, "mlp": 28672}, Rules(), {"stage": 1, "data": 1, "tensor": 6})
+    text = str(error.value)
+    assert "heads=64 cannot be cut 6 ways (tensor); legal: 1, 2, 4, 8, 16, 32, 64" in text
+    assert "kv_heads=8 cannot be cut 6 ways" in text and "or a multiple of 8" in text
+    assert "mlp=28672 cannot be cut 6 ways" in text
+
+
+def test_a_mesh_axis_used_twice_names_the_parameter():
+    twice = Parameter("q", (("q", Leaf((8, 4, 2), ("embed", "heads", "head_dim"))),), 1)
+    with pytest.raises(LayoutError, match="q: the rules use a mesh axis twice"):
+        partition_spec(twice, Rules(embed=("tensor",)))
+
+
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([(4, 1), (4, 2), (4, 4), (8, 2)]),
+    st.integers(5, 40),
+)
+def test_shards_put_together_are_the_leaves(stage, tensor, heads, vocabulary):
+    """Queries and vocabulary are cut without loss or overlap; each device holds the KV head of its queries."""
+    rules, sizes = Rules(), {"stage": stage, "data": 1, "tensor": tensor}
+    queries, keys = heads
+    table = {
+        "q": Leaf((6, queries, 2), ("embed", "heads", "head_dim")),
+        "k": Leaf((6, keys, 2), ("embed", "kv_heads", "head_dim")),
+        "embed": Leaf((vocabulary, 6), ("vocab", "embed")),
+    }
+    arrays = {name: np.random.default_rng(0).normal(size=leaf.shape) for name, leaf in table.items()}
+
+    def local(parameter, **coords):
+        coords = {"stage": 0, "data": 0} | coords
+        array = _local_array(
+            lambda name, index: arrays[name][index].copy(), parameter, rules, sizes, coords, np.float64
+        )
+        assert array.shape == local_shape(parameter, rules, sizes)
+        return array
+
+    qk = Parameter("qk", (("q", table["q"]), ("k", table["k"])), 1)
+    own_queries = queries // tensor
+    for rank in range(tensor):
+        q, k = np.split(local(qk, tensor=rank), [own_queries * 2], axis=1)
+        assert (q == arrays["q"][:, rank * own_queries : (rank + 1) * own_queries].reshape(6, -1)).all()
+        first = rank * own_queries // (queries // keys)
+        last = ((rank + 1) * own_queries - 1) // (queries // keys)
+        assert (k == arrays["k"][:, first : last + 1].reshape(6, -1)).all()
+    embed = Parameter("embed", (("embed", table["embed"]),), 1)
+    parts = [local(embed, stage=s, tensor=t) for s in range(stage) for t in range(tensor)]
+    whole = np.concatenate(parts)
+    assert whole.shape == global_shape(embed, rules, sizes)
+    assert (whole[:vocabulary] == arrays["embed"]).all() and not whole[vocabulary:].any()
+
+
+def test_memory_plan_counts_the_weights_to_the_byte(tmp_path):
+    model = make_hf_folder(tmp_path / "hf", tie_word_embeddings=False)
+    config = from_hf(json.loads((tmp_path / "hf" / "config.json").read_text()))
+    plan = plan_memory(
+        Decoder(config, (2,)), EngineConfig(), Rules(), parse_mesh(""), np.float32, config.max_context, 10**9
+    )
+    assert plan.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert plan.page == 2 * 2 * 16 * prod((config.num_kv_heads, config.head_dim)) * 4
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded():
+    config = from_hf(LLAMA_70B)
+    decoder = Decoder(config, (80,))
+    with pytest.raises(LayoutError) as error:
+        plan_memory(decoder, EngineConfig(), Rules(), parse_mesh(""), np.float16, 4096, 80 * 2**30)
+    text = str(error.value)
+    assert "weights 131563" in text, "137,953,820,672 bytes"
+    assert "90% of 81920 MiB is 73728" in text and "more devices (tensor, stage)" in text
+    sizes = parse_mesh("tensor=4")
+    fits = plan_memory(decoder, EngineConfig(), Rules(), sizes, np.float16, 4096, 80 * 2**30)
+    assert fits.weights + fits.workspace + fits.pages * fits.page <= 0.9 * 80 * 2**30
+
+
+def test_the_engine_refuses_before_it_allocates(tmp_path):
+    make_hf_folder(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    for config, message in [
+        (EngineConfig(mesh={"tensor": 3}), "heads=4 cannot be cut 3 ways"),
+        (EngineConfig(mesh={"stage": 3}), "stage=3: the model has 2 layers"),
+        (EngineConfig(pages=4), "pages: 4 is too few for one context of 128 tokens; legal: at least 9"),
+        (EngineConfig(memory_fraction=1e-6), "memory: needs"),
+    ]:
+        with pytest.raises(LayoutError, match=message):
+            Engine(tmp_path / "ckpt", config)
