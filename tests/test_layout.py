@@ -177,6 +177,8 @@ def test_the_engine_refuses_before_it_allocates(tmp_path):
     for config, message in [
         (EngineConfig(mesh={"tensor": 3}), "heads=4 cannot be cut 3 ways"),
         (EngineConfig(mesh={"stage": 3}), "stage=3: the model has 2 layers"),
+        (EngineConfig(mesh={"stage": 2}, stage_layers=(2, 1)), "adds up to 3 layers, the model has 2"),
+        (EngineConfig(mesh={"stage": 2}, stage_layers=(2, 0)), "leaves a stage without a layer"),
         (EngineConfig(pages=4), "pages: 4 is too few for one context of 128 tokens; legal: at least 9"),
         (EngineConfig(memory_fraction=1e-6), "memory: needs"),
     ]:

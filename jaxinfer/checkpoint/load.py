@@ -66,8 +66,8 @@ def load(
 ) -> Any:
     """The tree of `parameters` as arrays on the mesh.
 
-    Devices of this process that hold the same piece (data replicas) share one read. `loaded` is told the bytes of each
-    piece as it reaches its devices. The host holds one piece of one parameter at a time.
+    Devices of this process that hold the same piece (data replicas) share one read. `loaded` is told the bytes that
+    each piece takes on its devices. The host holds one piece of one parameter at a time.
     """
     sizes = mesh_sizes(mesh)
 
@@ -84,7 +84,7 @@ def load(
             local = _local_array(read, parameter, rules, sizes, coords_of[devices[0]], dtype)
             local = local[None] if parameter.layers is not None else local
             arrays += [jax.device_put(local, device) for device in devices]
-            loaded(local.nbytes)
+            loaded(local.nbytes * len(devices))
         array = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
         # the transfer must be over before the host piece is dropped, or pieces would pile up
         return array.block_until_ready()

@@ -27,7 +27,7 @@ from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.parallel.mesh import make_mesh, mesh_sizes, parse_mesh
 from jaxinfer.parallel.placement import Rules, check_layout
-from jaxinfer.parallel.stages import balance
+from jaxinfer.parallel.stages import balance, check_stage_layers
 from jaxinfer.tokenizer import load_tokenizer
 
 
@@ -52,6 +52,7 @@ class Engine:
         sizes, rules, model = mesh_sizes(self.mesh), Rules(), self.model
         check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, rules, sizes)
         self.stage_layers = config.stage_layers or balance(model.num_layers, sizes["stage"])
+        check_stage_layers(self.stage_layers, model.num_layers, sizes["stage"])
         decoder = Decoder(model, self.stage_layers)
         limit = min(map(device_limit, jax.local_devices()))
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)

@@ -21,17 +21,26 @@ def parse_stage_layers(text: str, layers: int, stages: int) -> tuple[int, ...]:
     """Reads ``7,7,6,6``.
 
     Raises:
-      LayoutError: not one positive number per stage, or numbers that do not add up to the model's layers.
+      LayoutError: not a list of positive numbers, or one that `check_stage_layers` refuses.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise LayoutError(f"stage-layers: {text!r} is not a list of positive whole numbers such as 7,7,6,6")
     counts = tuple(map(int, parts))
-    if len(counts) != stages:
-        raise LayoutError(f"stage-layers: {text!r} gives {len(counts)} stages, the mesh has stage={stages}")
-    if sum(counts) != layers:
-        raise LayoutError(f"stage-layers: {text!r} adds up to {sum(counts)} layers, the model has {layers}")
+    check_stage_layers(counts, layers, stages)
     return counts
+
+
+def check_stage_layers(counts: tuple[int, ...], layers: int, stages: int) -> None:
+    """Raises:
+    LayoutError: not one positive number per stage, or numbers that do not add up to the model's layers.
+    """
+    if min(counts) < 1:
+        raise LayoutError(f"stage-layers: {counts} leaves a stage without a layer; legal: at least 1 each")
+    if len(counts) != stages:
+        raise LayoutError(f"stage-layers: {counts} gives {len(counts)} stages, the mesh has stage={stages}")
+    if sum(counts) != layers:
+        raise LayoutError(f"stage-layers: {counts} adds up to {sum(counts)} layers, the model has {layers}")
 
 
 def slots(stage_layers: tuple[int, ...]) -> list[tuple[int | None, ...]]:
