@@ -1,6 +1,7 @@
 """From a checkpoint onto a mesh: each process reads the slices that its own devices hold, one parameter at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxinfer.parallel.placement import (
     partition_spec,
 )
 
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+Read = Callable[[str, tuple[slice, ...], np.ndarray], Any]  # leaf, slices, the array to fill
 
 
 def _coordinates(mesh: Mesh) -> Iterator[tuple[jax.Device, dict[str, int]]]:
@@ -27,33 +28,26 @@ def _coordinates(mesh: Mesh) -> Iterator[tuple[jax.Device, dict[str, int]]]:
             yield device, dict(zip(AXES, where))
 
 
-def _local_array(
+def local_array(
     read: Read, parameter: Parameter, rules: Rules, sizes: MeshSizes, coords: MeshSizes, dtype: Any
 ) -> np.ndarray:
-    """One device's piece, without the stage dimension; zeros where a slot is empty or the vocabulary is padded."""
-    shape = local_shape(parameter, rules, sizes)
+    """One device's piece, without the stage dimension; zeros where a slot is empty or the vocabulary is padded.
+
+    Each leaf is read into its columns of the piece, which is held once."""
+    whole = np.zeros(local_shape(parameter, rules, sizes), dtype)
     layer = None if parameter.layers is None else parameter.layers[coords["stage"]]
     if parameter.layers is not None and layer is None:
-        return np.zeros(shape, dtype)
-    pieces = []
+        return whole
+    column = 0
     for name, leaf in parameter.leaves:
         index = tuple(local_slice(axis, size, rules, sizes, coords) for axis, size in zip(leaf.axes, leaf.shape))
-        piece = read(name.format(layer), index).astype(dtype, copy=False)
-        pieces.append(piece.reshape(*_flattened(piece.shape, parameter.in_dims)))
-    if len(pieces) == 1 and pieces[0].shape == shape:
-        return pieces[0]
-    whole, column = np.zeros(shape, dtype), 0
-    while pieces:  # popped, so that a piece is freed once it is joined
-        piece = pieces.pop(0)
-        rows = () if piece.ndim == 1 else (slice(piece.shape[0]),)
-        whole[(*rows, slice(column, column + piece.shape[-1]))] = piece
-        column += piece.shape[-1]
+        shape = tuple(each.stop - each.start for each in index)
+        rows, columns = prod(shape[: parameter.in_dims]), prod(shape[parameter.in_dims :])
+        view = whole[..., column : column + columns]
+        view = view[:rows] if parameter.in_dims else view
+        read(name.format(layer), index, view.reshape(shape, copy=False))
+        column += columns
     return whole
-
-
-def _flattened(shape: tuple[int, ...], in_dims: int) -> tuple[int, ...]:
-    columns = int(np.prod(shape[in_dims:]))
-    return (int(np.prod(shape[:in_dims])), columns) if in_dims else (columns,)
 
 
 def load(
@@ -81,7 +75,7 @@ def load(
             placed.setdefault(str(index), []).append(device)
         arrays = []
         for devices in placed.values():
-            local = _local_array(read, parameter, rules, sizes, coords_of[devices[0]], dtype)
+            local = local_array(read, parameter, rules, sizes, coords_of[devices[0]], dtype)
             local = local[None] if parameter.layers is not None else local
             arrays += [jax.device_put(local, device) for device in devices]
             loaded(local.nbytes * len(devices))

@@ -23,10 +23,11 @@ class Reader:
         self.manifest = manifest or read_manifest(folder)
         self.bytes_read = 0
 
-    def read(self, leaf: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, leaf: str, index: tuple[slice, ...], out: np.ndarray | None = None) -> np.ndarray:
         """The part of a leaf that `index` cuts out, one slice of step 1 per dimension.
 
-        Where the slice holds whole chunks that lie together in memory, they are read straight into the result.
+        It is written into `out` where given, any view of the right shape, cast to its dtype. Chunks that lie together
+        in the result are read straight into it; for all others one chunk is held beside it.
 
         Raises:
           KeyError: no such leaf.
@@ -38,11 +39,14 @@ class Reader:
         if any(step != 1 for _, _, step in bounds):
             raise ValueError(f"{leaf}: slices must have step 1, got {index}")
         bounds = [(start, max(start, stop)) for start, stop, _ in bounds]
-        out = np.empty([stop - start for start, stop in bounds], dtype)
+        shape = tuple(stop - start for start, stop in bounds)
+        out = np.empty(shape, dtype) if out is None else out
+        if out.shape != shape:
+            raise ValueError(f"{leaf}: the slice has shape {shape}, the array to fill {out.shape}")
         scratch = None
         for key, source, target in _touched(bounds, chunks):
             part = out[target]
-            whole = part.shape == chunks and part.flags.c_contiguous
+            whole = part.shape == chunks and part.flags.c_contiguous and part.dtype == dtype
             if not whole and scratch is None:
                 scratch = np.empty(chunks, dtype)
             chunk = part if whole else scratch
