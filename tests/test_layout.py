@@ -1,8 +1,11 @@
 """Meshes, splits and memory: what cannot be is refused with the dimension, the value and what is legal."""
 
 import json
+from dataclasses import dataclass
 from math import prod
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +15,7 @@ from convert.run import convert
 from hf_models import make_hf_folder
 from jaxinfer.checkpoint.load import local_array
 from jaxinfer.engine.config import EngineConfig
-from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.engine import Engine, _check_dtype
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.memory import plan_memory
 from jaxinfer.models.config import from_hf
@@ -185,3 +188,20 @@ def test_the_engine_refuses_before_it_allocates(tmp_path):
     ]:
         with pytest.raises(LayoutError, match=message):
             Engine(tmp_path / "ckpt", config)
+
+
+@dataclass
+class Card:
+    """What JAX says of a device, for cards that are not here."""
+
+    compute_capability: str
+    device_kind: str
+    platform: str = "gpu"
+
+
+def test_bfloat16_is_refused_where_the_card_has_none():
+    with pytest.raises(LayoutError, match="Tesla T4 has 7.5; legal here: float16, float32"):
+        _check_dtype(jnp.dtype("bfloat16"), Card("7.5", "Tesla T4"))
+    _check_dtype(jnp.dtype("float16"), Card("7.5", "Tesla T4"))
+    _check_dtype(jnp.dtype("bfloat16"), Card("8.0", "NVIDIA A100-SXM4-40GB"))
+    _check_dtype(jnp.dtype("bfloat16"), jax.local_devices()[0])

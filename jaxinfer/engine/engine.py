@@ -25,7 +25,7 @@ from jaxinfer.engine.sample import Sample
 from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
 from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.parallel.mesh import make_mesh, mesh_sizes, parse_mesh
+from jaxinfer.parallel.mesh import LayoutError, make_mesh, mesh_sizes, parse_mesh
 from jaxinfer.parallel.placement import Rules, check_layout
 from jaxinfer.parallel.stages import balance, check_stage_layers
 from jaxinfer.tokenizer import load_tokenizer
@@ -48,6 +48,7 @@ class Engine:
         self.model: ModelConfig = ModelConfig.from_json(self.manifest.model)
         self.dtype = jnp.dtype(config.dtype or self.manifest.dtype)
         self.max_context = min(config.max_context or self.model.max_context, self.model.max_context)
+        _check_dtype(self.dtype, jax.local_devices()[0])
         self.mesh = make_mesh(parse_mesh("") | dict(config.mesh))
         sizes, rules, model = mesh_sizes(self.mesh), Rules(), self.model
         check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, rules, sizes)
@@ -247,6 +248,16 @@ class Engine:
         embed = params["ends"]["embed"].addressable_data(0).nbytes
         self._weight_bytes_per_tick = self.memory.weights - (0 if self.model.tied else embed)
         return params
+
+
+def _check_dtype(dtype: Any, device: jax.Device) -> None:
+    """T4 and V100 have no bfloat16 units: XLA would emulate it, slowly and without a word."""
+    capability = getattr(device, "compute_capability", None)
+    if dtype == jnp.bfloat16 and device.platform == "gpu" and float(capability) < 8:
+        raise LayoutError(
+            f"dtype: bfloat16 needs a GPU of compute capability 8.0, {device.device_kind} has {capability}; legal here: "
+            "float16, float32"
+        )
 
 
 def _emitted_rows(arrays: Emitted, at: tuple[Any, ...]) -> Emitted:
