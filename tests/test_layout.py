@@ -196,12 +196,12 @@ class Card:
 
     compute_capability: str
     device_kind: str
-    platform: str = "gpu"
 
 
 def test_bfloat16_is_refused_where_the_card_has_none():
-    with pytest.raises(LayoutError, match="Tesla T4 has 7.5; legal here: float16, float32"):
+    with pytest.raises(LayoutError, match=r"Tesla T4 has 7\.5; legal here: float16, float32"):
         _check_dtype(jnp.dtype("bfloat16"), Card("7.5", "Tesla T4"))
     _check_dtype(jnp.dtype("float16"), Card("7.5", "Tesla T4"))
     _check_dtype(jnp.dtype("bfloat16"), Card("8.0", "NVIDIA A100-SXM4-40GB"))
+    _check_dtype(jnp.dtype("bfloat16"), Card("gfx90a", "AMD Instinct MI250X"))
     _check_dtype(jnp.dtype("bfloat16"), jax.local_devices()[0])

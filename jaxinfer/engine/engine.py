@@ -252,11 +252,11 @@ class Engine:
 
 def _check_dtype(dtype: Any, device: jax.Device) -> None:
     """T4 and V100 have no bfloat16 units: XLA would emulate it, slowly and without a word."""
-    capability = getattr(device, "compute_capability", None)
-    if dtype == jnp.bfloat16 and device.platform == "gpu" and float(capability) < 8:
+    capability = getattr(device, "compute_capability", "")  # "7.5"; AMD's say gfx90a, the CPU has none
+    if dtype == jnp.bfloat16 and capability.replace(".", "").isdigit() and float(capability) < 8:
         raise LayoutError(
-            f"dtype: bfloat16 needs a GPU of compute capability 8.0, {device.device_kind} has {capability}; legal here: "
-            "float16, float32"
+            f"dtype: bfloat16 needs a GPU of compute capability 8.0, {device.device_kind} has {capability}; "
+            "legal here: float16, float32"
         )
 
 
