@@ -15,14 +15,18 @@ def model():
     return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
 
 
-def story_prompts(lengths: list[int]) -> dict[str, list[int]]:
-    """Beginnings of a long text by the model itself, so that prompts are sensible at any length."""
-    longest = max(lengths)
+@cache
+def story(length: int) -> list[int]:
+    """A long text by the model itself, so that prompts are sensible at any length."""
+    torch.set_num_threads(2)  # a model this small only waits for more
     with torch.no_grad():
         torch.manual_seed(1)
-        start = torch.tensor([[0]])
-        text = model().generate(start, do_sample=True, max_new_tokens=longest, min_new_tokens=longest, top_k=50)
-    return {str(length): text[0].tolist()[:length] for length in lengths}
+        sampled = {"do_sample": True, "top_k": 50, "max_new_tokens": length, "min_new_tokens": length}
+        return model().generate(torch.tensor([[0]]), **sampled)[0].tolist()
+
+
+def story_prompts(lengths: list[int]) -> dict[str, list[int]]:
+    return {str(length): story(max(lengths))[:length] for length in lengths}
 
 
 def agree_up_to_ties(found: list[int], expected: list[int], margins: list[float]):
