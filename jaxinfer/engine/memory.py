@@ -23,7 +23,6 @@ class MemoryPlan:
     weights: int
     page: int
     workspace: int
-    limit: int
     pages: int
 
 
@@ -66,7 +65,7 @@ def plan_memory(
             f"{config.memory_fraction:.0%} of {limit / MIB:.0f} MiB is {limit * config.memory_fraction / MIB:.0f}; use "
             "more devices (tensor, stage), a smaller dtype, max-context, max-batch or prefill-chunk, or fewer pages"
         )
-    return MemoryPlan(weights, page, workspace, limit, int(pages))
+    return MemoryPlan(weights, page, workspace, int(pages))
 
 
 def _workspace(
