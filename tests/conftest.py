@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from slurm_bed import _no_jobs_left, slurm_bed  # noqa: F401
+
 ON_GPU = os.environ.get("JAXINFER_TEST_GPU") == "1"
 
 if not ON_GPU:
