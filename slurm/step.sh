@@ -1,0 +1,61 @@
+# Sourced by the job scripts: run_step COMMAND... runs it as one srun step and ends the job with its exit status.
+#   OUTPUT  what the command makes, a file or a folder      LOGS  folder for the log of each rank
+#
+# Ahead of the time limit Slurm sends USR1 to this shell alone (--signal=B:), and we pass it on; TERM (scancel,
+# preemption) reaches the tasks by itself. Either way they write what is finished, put the rest back and exit 0. After
+# USR1 the job goes back into the queue and continues there; after TERM that is Slurm's to decide. A failure is not
+# repeated, and neither is an attempt that adds nothing, three times in a row.
+
+ulimit -c 0 # an aborted task would leave a core file as large as its memory
+srun='' stopped='' interrupted=''
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+
+run_step() {
+  local before status
+  metrics=${OUTPUT%.jsonl}.metrics.json
+  mkdir -p "$LOGS"
+  touch "$LOGS/started"
+  before=$(size)
+  # srun does not inherit the job's CPUs per task
+  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append \
+    --output="$LOGS/rank-%t-%N.log" "$@" &
+  srun=$!
+  if [ -n "$stopped" ]; then kill -s "$stopped" "$srun"; fi
+  while true; do
+    interrupted=
+    wait "$srun" && status=0 || status=$?
+    [ -n "$interrupted" ] || break # else a trap ended the wait, not srun
+  done
+  if [ "$stopped" = TERM ]; then exit 143; fi
+  if work_left "$status"; then requeue "$before"; fi
+  exit "$status"
+}
+
+stop() {
+  stopped=$1 interrupted=1
+  echo "$(date +%FT%T) $1: stopping, what is finished stays"
+  if [ "$1" = USR1 ] && [ -n "$srun" ]; then kill -s USR1 "$srun" || true; fi
+}
+
+work_left() { # after exit status $1; 138: killed by USR1, which came before the program could take it
+  if [ "$1" = 138 ]; then return 0; elif [ "$1" != 0 ]; then return 1; fi
+  if [ "$metrics" -nt "$LOGS/started" ]; then grep -q '"unfinished": [1-9]' "$metrics"; else [ "$stopped" = USR1 ]; fi
+}
+
+requeue() { # $1: size of the output when this attempt began
+  local job=$SLURM_JOB_ID
+  # the bare id of an array's last task means the whole array
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+  if [ "$(size)" -gt "$1" ]; then rm -f "$LOGS/idle"; else echo "$job" >>"$LOGS/idle"; fi
+  if [ -e "$LOGS/idle" ] && [ "$(wc -l <"$LOGS/idle")" -ge 3 ]; then
+    rm "$LOGS/idle"
+    echo "error: three attempts added nothing to $OUTPUT: is --time too short to load the model?" >&2
+    exit 1
+  fi
+  echo "$(date +%FT%T) work is left: job $job goes back into the queue (restart ${SLURM_RESTART_COUNT:-0})"
+  scontrol requeue "$job" || { echo "error: no requeue here; the same sbatch line does the rest" >&2; exit 1; }
+  exit 0
+}
+
+size() { du -sb "$OUTPUT" 2>/dev/null | cut -f1 | grep . || echo 0; }
