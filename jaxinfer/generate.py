@@ -1,30 +1,39 @@
 """``python -m jaxinfer.generate``: prompts in, completions out, on any mesh of devices."""
 
 import argparse
+import contextlib
 import os
+import socket
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import attrs
 
 from jaxinfer import __version__
 from jaxinfer.cluster import distributed
 from jaxinfer.cluster.cpu import ThreadPoolError, use_virtual_devices
+from jaxinfer.cluster.launch import Launch, find_launch, missed_srun
+from jaxinfer.cluster.monitor import supervise
+from jaxinfer.cluster.pulse import Alone, Pulse
+from jaxinfer.cluster.slurm import ClusterError
+from jaxinfer.cluster.worker import UserError
 from jaxinfer.engine.params import SamplingParams
-from jaxinfer.engine.request import Output, Request
+from jaxinfer.engine.request import Request
 from jaxinfer.inputs import InputError, InputRecord, parse_record, read_file
 from jaxinfer.options import (
     Parser,
     add_engine_options,
+    add_limit_options,
     add_place_options,
     add_sampling_options,
     engine_options,
+    limits,
     sampling_params,
 )
-from jaxinfer.outputs import OutputError, Writer, beside, output_line, prepare, write_json
+from jaxinfer.outputs import OutputError, Writer, prepare
 from jaxinfer.telemetry.progress import Progress
 
 PROGRAM = "jaxinfer.generate"
@@ -41,7 +50,11 @@ examples:
   The same mesh without a GPU, on four virtual CPU devices:
     ... --mesh stage=2,tensor=2 --cpu-devices 4
 
-  Two processes of one run (start both; each reads the same files):
+  On two nodes of a Slurm cluster with four GPUs each, one process per GPU; the mesh becomes stage=2,tensor=4:
+    srun -N2 --ntasks-per-node=4 --gpus-per-node=4 --kill-on-bad-exit=1 \
+      python -m jaxinfer.generate --model CKPT --prompts in.jsonl --output out.jsonl
+
+  Two processes of one run without Slurm (start both; each reads the same files):
     ... --coordinator node1:9876 --num-processes 2 --process-id 0
     ... --coordinator node1:9876 --num-processes 2 --process-id 1
 
@@ -57,19 +70,49 @@ output lines:
   latency_s, and logprobs where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command) and
   OUT.metrics.json.
 
-exit status: 0 done (bad lines are counted in a warning), 2 an error that says what to change, 1 anything else.
+signals: SIGTERM and SIGUSR1 let nothing new begin, finish what runs within --grace-s, put the rest back and end with
+  status 0; OUT.metrics.json says how many are "unfinished", and the same command does them.
+
+exit status: 0 done (bad lines are counted in a warning) or stopped by a signal, 2 an error that says what to change,
+  1 anything else: a rank died, failed or was stuck, and the last lines of rank 0 say which.
 """
 
 
-class UsageError(Exception):
-    """What the user can mend: one line, no traceback."""
+@attrs.frozen
+class Run:
+    """One process of a run: its options, its signs of life, and how it finds the others."""
+
+    args: argparse.Namespace
+    life: Pulse | Alone
+    launch: Launch | None = None
+    coordinator: str = ""
+
+    @property
+    def first(self) -> bool:
+        return self.launch is None or self.launch.process_id == 0
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(f"{PROGRAM}: {text}", file=sys.stderr)
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.coordinator is None:
-        sys.exit(_guarded(args))
-    distributed.run(lambda: _guarded(args), args.process_id)
+    try:
+        launch = find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)
+        if launch and launch.num_processes > 1 and args.prompts == "-":
+            raise ClusterError("--prompts - works with one process: standard input does not reach them all")
+    except ClusterError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if launch is None:
+        run = Run(args, Alone(args.grace_s))
+        if warning := missed_srun(os.environ):
+            run.say(f"WARNING: {warning}")
+        sys.exit(_alone(run))
+    facts = {"jaxinfer": __version__}
+    bounds = limits(args)
+    supervise(launch, bounds, PROGRAM, facts, lambda pulse, where: _worker(Run(args, pulse, launch, where)))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,14 +137,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_place_options(parser)
     add_engine_options(parser)
     add_sampling_options(parser, "sampling, for lines that do not say otherwise")
-    args = parser.parse_args(argv)
+    add_limit_options(parser)
+    with _once():
+        return _checked(parser, parser.parse_args(argv))
+
+
+def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     if (args.prompts is None) == (args.prompt is None):
         parser.error("give --prompts or --prompt")
     given = {args.coordinator is None, args.num_processes is None, args.process_id is None}
     if len(given) > 1:
         parser.error("--coordinator, --num-processes and --process-id belong together")
-    if args.prompts == "-" and args.coordinator:
-        parser.error("--prompts - works with one process: standard input does not reach them all")
     if args.overwrite and args.resume_anyway:
         parser.error("--overwrite starts over, --resume-anyway goes on: give one of them")
     if args.output and args.prompts and Path(args.output).resolve() == Path(args.prompts).resolve():
@@ -109,47 +155,69 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def execute(args: argparse.Namespace) -> int:
+@contextmanager
+def _once() -> Iterator[None]:
+    """Of several tasks one alone prints: --help, or that an option is wrong."""
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def execute(run: Run) -> int:
     """Reads, runs, writes; the exit status.
 
     Raises:
-      UsageError, OutputError: with the text for the user.
+      UserError, OutputError: with the text for the user.
     """
+    args = run.args
     with _usage():
         defaults = sampling_params(args)
         records = _read(args, defaults)
         if args.strict:
             _stop_at_error(records)
-        if args.cpu_devices is not None:
-            use_virtual_devices(args.cpu_devices)
-        if args.coordinator is not None:
-            distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    finished = _begin(args, defaults, records)
+        _join(run)
+    finished = _begin(run, defaults, records)
     todo = [record for record in records if isinstance(record, InputError) or record.id not in finished]
     if any(isinstance(record, InputRecord) for record in todo):
-        _run(args, todo, len(finished))
+        _run(run, todo, len(finished))
     else:
-        _write_errors(args, todo)
+        _write_errors(run, todo)
         if finished:
-            _say(args, f"nothing to run: {args.output} has all {len(finished):,} requests")
+            run.say(f"nothing to run: {args.output} has all {len(finished):,} requests")
+        if run.first and args.output is not None:
+            from jaxinfer.batch import note_unfinished
+
+            note_unfinished(Path(args.output), 0, fresh=False)
     bad = sum(isinstance(record, InputError) for record in todo)
     if bad:
-        _say(args, f"WARNING: {bad:,} of {len(records):,} lines are bad and did not run")
+        run.say(f"WARNING: {bad:,} of {len(records):,} lines are bad and did not run")
     if bad == len(records):
-        raise UsageError("no line could run")
+        raise UserError("no line could run")
+    run.life.beat("end", waits=True)
     distributed.wait_for_all(f"{PROGRAM} ends")
+    distributed.leave()
     return 0
 
 
-def _guarded(args: argparse.Namespace) -> int:
+def _worker(run: Run) -> int:
     try:
-        return execute(args)
-    except (UsageError, OutputError) as error:
-        rank = f"[rank {args.process_id}] " if args.process_id else ""
-        print(f"{rank}{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return execute(run)
+    except OutputError as error:
+        raise UserError(str(error)) from error
+    except BrokenPipeError:
+        return 1
+
+
+def _alone(run: Run) -> int:
+    try:
+        return execute(run)
+    except (UserError, OutputError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; the same command does the rest" if args.output else ""
+        again = "; the same command does the rest" if run.args.output else ""
         print(f"{PROGRAM}: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the screen, head say, has gone
@@ -164,14 +232,24 @@ def _usage() -> Iterator[None]:
         yield
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        raise UsageError(f"{name}{error.strerror or error}") from error
-    except (ValueError, ThreadPoolError, distributed.ClusterError) as error:
-        raise UsageError(str(error)) from error
+        raise UserError(f"{name}{error.strerror or error}") from error
+    except (ValueError, ThreadPoolError, ClusterError) as error:
+        raise UserError(str(error)) from error
 
 
-def _say(args: argparse.Namespace, text: str) -> None:
-    if not args.process_id:
-        print(f"{PROGRAM}: {text}", file=sys.stderr)
+def _join(run: Run) -> None:
+    """Starts JAX, with the other processes where there are any."""
+    if run.args.cpu_devices is not None:
+        use_virtual_devices(run.args.cpu_devices)
+    if run.launch is not None:
+        bounds = limits(run.args)
+        run.life.beat("start", waits=True)
+        distributed.initialize(run.launch, run.coordinator, int(sum(attrs.astuple(bounds))))
+        import jax
+
+        devices = jax.local_devices()
+        ids = ",".join(str(device.local_hardware_id) for device in devices)
+        run.life.describe(f"{'CPU' if devices[0].platform == 'cpu' else 'GPU'} {ids}: {devices[0].device_kind}")
 
 
 def _read(args: argparse.Namespace, defaults: SamplingParams) -> list[InputRecord | InputError]:
@@ -187,66 +265,121 @@ def _read(args: argparse.Namespace, defaults: SamplingParams) -> list[InputRecor
 def _stop_at_error(records: list[InputRecord | InputError]) -> None:
     for record in records:
         if isinstance(record, InputError):
-            raise UsageError(f"line {record.line} (id {record.id!r}): {record.message}")
+            raise UserError(f"line {record.line} (id {record.id!r}): {record.message}")
 
 
-def _begin(args: argparse.Namespace, defaults: SamplingParams, records: list[InputRecord | InputError]) -> set[str]:
-    """Looks at the checkpoint, makes the output ready; the ids of requests that are finished."""
+def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | InputError]) -> set[str]:
+    """Looks at the checkpoint, chooses the mesh, makes the output ready; the ids of requests that are finished."""
     import xxhash
 
     from jaxinfer.checkpoint.manifest import NAME, read_manifest
-    from jaxinfer.parallel.mesh import parse_mesh
+    from jaxinfer.engine.layout import auto_mesh
+    from jaxinfer.parallel.mesh import mesh_text, parse_mesh
     from jaxinfer.telemetry.manifest import describe_run
 
+    args = run.args
+    run.life.beat("start", 1)
     with _usage():
         manifest = read_manifest(args.model)
-        checkpoint = xxhash.xxh3_128_hexdigest((Path(args.model) / NAME).read_bytes())
+        checkpoint = xxhash.xxh3_128(Path(args.model, NAME).read_bytes())
+        run.life.beat("start", 2, waits=True)
+        hosts = distributed.hosts()
+        _same_everywhere(hosts, "checkpoint", checkpoint.digest())
+        _same_everywhere(hosts, "prompts or options", _digest(args, records))
+        if args.mesh == "auto":
+            sizes, why = auto_mesh(manifest.model, hosts)
+            args.mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+            if max(sizes.values()) > 1:
+                run.say(f"mesh: {mesh_text(sizes)} ({why})")
         mesh = parse_mesh(args.mesh)
     if args.output is None:
         return set()
-    settings = {"model": checkpoint, "dtype": args.dtype or manifest.dtype, "max_context": args.max_context}
+    settings = {"model": checkpoint.hexdigest(), "dtype": args.dtype or manifest.dtype, "max_context": args.max_context}
     flags = {name: value for name, value in vars(args).items() if value is not None}
-    run = describe_run(__version__, flags, mesh, distributed.hosts())
+    described = describe_run(__version__, flags, mesh, hosts)
     answer: dict[str, Any] = {}
-    if not args.process_id:  # one process decides: on a shared file system the others may see an older file
+    if run.first:  # one process decides: on a shared file system the others may see an older file
+        run.life.beat("start", 3)
         try:
             output = Path(args.output)
-            done = prepare(output, records, settings | defaults.to_dict(), run, args.overwrite, args.resume_anyway)
+            done = prepare(
+                output, records, settings | defaults.to_dict(), described, args.overwrite, args.resume_anyway
+            )
             answer["finished"] = sorted(done)
         except OutputError as error:
             answer["error"] = str(error)
+    run.life.beat("start", 4, waits=True)
     answer = distributed.share(answer)
     if "error" in answer:
         raise OutputError(answer["error"])
     return set(answer["finished"])
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -> bytes:
+    """Of all that must be the same in every process, or they would run different programs and wait for each other."""
+    import xxhash
+
+    from jaxinfer.outputs import prompt_hash
+
+    own = ("process_id", "prompts", "model", "output")  # paths may be spelt differently on each node
+    parts = [repr(sorted((key, value) for key, value in vars(args).items() if key not in own))]
+    parts += [f"{each.id}\0{prompt_hash(each) if isinstance(each, InputRecord) else ''}" for each in records]
+    return xxhash.xxh3_128_digest("\n".join(parts).encode())
+
+
+def _same_everywhere(hosts: list[str], what: str, digest: bytes) -> None:
+    others = distributed.differing(digest)
+    if others:
+        place = others[0]
+        more = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
+        raise UserError(
+            f"rank {place} on {hosts[place]}{more} has another {what} than rank 0 on {hosts[0]}; legal: all the same"
+        )
+
+
+def _load(run: Run) -> Any:
     import jax
 
     from jaxinfer.llm import LLM
 
-    bar = Progress("load", "B", shown=not args.process_id, scale=True)
+    args, launch = run.args, run.launch
+    several = launch is not None and launch.num_processes > 1
+    # one line per node: what its first process does stands for all
+    bar = Progress(
+        f"load on {socket.gethostname()}" if several else "load",
+        "B",
+        shown=launch is None or launch.first_on_node,
+        scale=True,
+    )
+    pieces = 0
+
+    def loading(done: int, total: int) -> None:
+        nonlocal pieces
+        pieces += 1
+        run.life.beat("load", pieces)
+        bar.to(done, total)
+
+    run.life.beat("load")
     try:
         with _usage():
-            return LLM(args.model, loading=bar.to, **engine_options(args))
-    except UsageError as error:
+            return LLM(args.model, loading=loading, beat=run.life.beat, **engine_options(args))
+    except UserError as error:
         virtual = jax.default_backend() == "cpu" and args.cpu_devices is None and "devices, found" in str(error)
-        raise UsageError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}") from error
+        raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}") from error
     finally:
         bar.close()
 
 
-def _run(args: argparse.Namespace, todo: list[InputRecord | InputError], already: int) -> None:
+def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
     """Loads the model, runs the records, writes what comes of them; a bad record gives way to its error in `todo`."""
-    import jax
+    from jaxinfer.batch import run_batch
+    from jaxinfer.telemetry.metrics import show
 
-    from jaxinfer.telemetry.metrics import RunMetrics, show
-
-    llm = _load(args)
-    metrics = RunMetrics()
+    args = run.args
+    llm = _load(run)
     requests: dict[str, Request] = {}
     for place, record in enumerate(todo):
+        run.life.beat("prefill", 0)
         if isinstance(record, InputRecord):
             try:
                 requests[record.id] = llm.add(record)
@@ -254,55 +387,31 @@ def _run(args: argparse.Namespace, todo: list[InputRecord | InputError], already
                 todo[place] = InputError(record.line, record.id, str(error))
     if args.strict:
         _stop_at_error(todo)
-    _write_errors(args, todo)
+    _write_errors(run, todo)
     if not requests:
         return
-    first = not args.process_id
-    writer = Writer(Path(args.output)) if first and args.output is not None else None
-    shows = first and (args.print or args.output is None)
-    bar = Progress("generate", "requests", len(requests), shown=first)
-    left = Counter({name: request.params.n for name, request in requests.items()})
-    try:
-        for update in llm.updates():
-            metrics.add(update)
-            if update.output is not None:
-                left[update.request_id] -= 1
-                if writer is not None:
-                    writer.write(output_line(update.output))
-                if shows:
-                    bar.write(_readable(update.output, requests[update.request_id], llm.engine.tokenizer))
-            bar.update(int(update.output is not None and not left[update.request_id]), len(update.token_ids))
-    finally:
-        bar.close()
-        if writer is not None:
-            writer.close()
-    if first:
-        counts = {"already finished": already, "bad lines": len(todo) - len(requests)}
-        summary = metrics.summary(asdict(llm.engine.stats), jax.devices()[0].device_kind)
-        if writer is not None:
-            write_json(beside(writer.path, "metrics"), counts | summary)
+    output = None if args.output is None else Path(args.output)
+    counts = {"already finished": already, "bad lines": len(todo) - len(requests)}
+    shows = run.first and (args.print or output is None)
+    summary = run_batch(llm, requests, run.life, output, run.first, shows, counts)
+    if run.first:
         show(summary, counts)
+    if summary["stopped_by"]:
+        left = f"{summary['unfinished']:,} of {len(requests):,} requests are left"
+        run.say(f"stopped by {summary['stopped_by']}: {left}; the same command does the rest")
 
 
-def _write_errors(args: argparse.Namespace, todo: list[InputRecord | InputError]) -> None:
+def _write_errors(run: Run, todo: list[InputRecord | InputError]) -> None:
     bad = [record for record in todo if isinstance(record, InputError)]
     for error in bad[:SHOWN_ERRORS]:
-        _say(args, f"line {error.line} (id {error.id!r}): {error.message}")
+        run.say(f"line {error.line} (id {error.id!r}): {error.message}")
     if len(bad) > SHOWN_ERRORS:
-        _say(args, f"and {len(bad) - SHOWN_ERRORS:,} more bad lines")
-    if bad and args.output is not None and not args.process_id:
-        writer = Writer(Path(args.output))
+        run.say(f"and {len(bad) - SHOWN_ERRORS:,} more bad lines")
+    if bad and run.args.output is not None and run.first:
+        writer = Writer(Path(run.args.output))
         for error in bad:
             writer.write(error.to_json())
         writer.close()
-
-
-def _readable(output: Output, request: Request, tokenizer: Any) -> str:
-    title = output.id if request.params.n == 1 else f"{output.id} [{output.index}]"
-    if tokenizer is None:
-        return f"=== {title}\n{request.prompt_token_ids} {output.token_ids}\n"
-    prompt = tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
-    return f"=== {title}\n{prompt}{output.text}\n"
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ class LLM:
       stage_layers: layers per stage, as ``7,7,6,6`` or a sequence; balanced if None.
       cpu_devices: run on this many virtual CPU devices.
       loading: told (bytes loaded, bytes in all) while the weights load.
+      beat: told where this process is: phase, step, and whether it may wait for others.
       options: further fields of `EngineConfig`.
 
     Raises:
@@ -88,12 +89,13 @@ class LLM:
         stage_layers: str | Sequence[int] | None = None,
         cpu_devices: int | None = None,
         loading: Callable[[int, int], None] = lambda done, total: None,
+        beat: Callable[[str, int, bool], None] = lambda phase, step, waits: None,
         **options: Any,
     ):
         legal = [field.name for field in fields(EngineConfig)]
         unknown = [name for name in options if name not in legal]
         if unknown:
-            raise ValueError(f"{unknown[0]}: no such option; legal: {', '.join(legal)}, cpu_devices, loading")
+            raise ValueError(f"{unknown[0]}: no such option; legal: {', '.join(legal)}, cpu_devices, loading, beat")
         sizes = parse_mesh(mesh if isinstance(mesh, str) else ",".join(f"{axis}={size}" for axis, size in mesh.items()))
         if stage_layers is not None:
             text = stage_layers if isinstance(stage_layers, str) else ",".join(map(str, stage_layers))
@@ -102,7 +104,7 @@ class LLM:
         if cpu_devices is not None:
             use_virtual_devices(cpu_devices)
         check_thread_pool()
-        self.engine = Engine(path, config, loading)
+        self.engine = Engine(path, config, loading, beat)
         self._open: dict[str, Request] = {}
 
     def add(self, record: InputRecord) -> Request:
@@ -122,7 +124,7 @@ class LLM:
             while self.engine.has_unfinished():
                 yield from self.engine.step()
         finally:
-            self._drop()
+            self.drop()
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None = None
@@ -200,11 +202,12 @@ class LLM:
             try:
                 requests.append(self.add(_record(prompt, own, place)))
             except ValueError as error:
-                self._drop()
+                self.drop()
                 raise ValueError(f"prompt {place}: {error}") from error
         return requests
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Ends what is unfinished, now."""
         for name in self._open:
             self.engine.abort(name)
         self._open.clear()

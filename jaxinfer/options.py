@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import attrs
 
+from jaxinfer.cluster.pulse import Limits
 from jaxinfer.engine.config import DTYPES, EngineConfig
 from jaxinfer.engine.params import SamplingParams
 
@@ -20,14 +21,57 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where to run it")
     group.add_argument(
         "--mesh",
-        default="",
+        default="auto",
         metavar="AXES",
-        help="stage=2,data=1,tensor=2; an axis left out is 1 (default: one device)",
+        help="stage=2,data=1,tensor=2, where an axis left out is 1 (default: all devices, tensor inside a node and "
+        "stage across nodes)",
     )
     group.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: address of process 0")
-    group.add_argument("--num-processes", type=int, metavar="N", help="several processes: how many")
-    group.add_argument("--process-id", type=int, metavar="I", help="several processes: which one this is, from 0")
+    add_process_options(parser)
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes", "Inside an srun step nothing of this is needed: Slurm says who is who."
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="without Slurm: address of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="without Slurm: how many")
+    group.add_argument("--process-id", type=int, metavar="I", help="without Slurm: which one this is, from 0")
+    group.add_argument(
+        "--port", type=int, metavar="N", help="under srun: where rank 0 listens (default: of job and step)"
+    )
+
+
+def add_limit_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of `Limits`, in seconds."""
+    group = parser.add_argument_group("bounds in seconds, after which the run ends and says which rank it was")
+    for name, what in (
+        ("dead", "without a sign of life from a rank"),
+        ("stuck", "without progress of a rank that is alive"),
+        ("load", "the same while it loads weights"),
+        ("compile", "the same while it compiles a program"),
+        ("start", "until all ranks are there"),
+        ("grace", "to finish what runs after SIGTERM or SIGUSR1"),
+    ):
+        default = getattr(Limits(), name)
+        option = f"--{name}-stuck-s" if name in ("load", "compile") else f"--{name}-s"
+        group.add_argument(
+            option, dest=f"{name}_s", type=_seconds, default=default, metavar="S", help=f"{what} (default: {default:g})"
+        )
+
+
+def limits(args: argparse.Namespace) -> Limits:
+    return Limits(**{name: getattr(args, f"{name}_s") for name in attrs.fields_dict(Limits)})
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, legal is a number of seconds above 0")
+    return seconds
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from jaxinfer.engine.request import Request, Stats, Update
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
 from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
-from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence
+from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence, State
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.parallel.mesh import LayoutError, make_mesh, mesh_sizes, parse_mesh
 from jaxinfer.parallel.placement import Rules, check_layout
@@ -34,14 +34,19 @@ from jaxinfer.tokenizer import load_tokenizer
 class Engine:
     """Loads a checkpoint onto a mesh and turns requests into tokens: `add`, then `step` while `has_unfinished`.
 
-    `loading` is told (bytes placed so far, bytes in all) while this process's weights load.
+    `loading` is told (bytes placed so far, bytes in all) while this process's weights load; `beat` where it is: phase,
+    step, and whether it is inside JAX, which may wait for other processes.
 
     Raises:
       LayoutError: a mesh that the model cannot have or that does not fit, before anything is allocated.
     """
 
     def __init__(
-        self, path: str | Path, config: EngineConfig, loading: Callable[[int, int], None] = lambda done, total: None
+        self,
+        path: str | Path,
+        config: EngineConfig,
+        loading: Callable[[int, int], None] = lambda done, total: None,
+        beat: Callable[[str, int, bool], None] = lambda phase, step, waits: None,
     ):
         self.path, self.config = Path(path), config
         self.manifest = read_manifest(self.path)
@@ -59,6 +64,7 @@ class Engine:
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
         self.tokenizer = load_tokenizer(self.path)
         self.stats = Stats()
+        self._beat, self.steps = beat, 0
         params = self._load(decoder, rules, loading)
         self._runner = Runner(
             decoder,
@@ -69,6 +75,7 @@ class Engine:
             params,
             self.memory.pages,
             self.max_context,
+            lambda: beat("compile", self.steps, False),
         )
         rows = self._runner.programs.rows()
         self.scheduler = Scheduler(
@@ -148,12 +155,25 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
+    def put_back(self) -> list[str]:
+        """Drops the requests that have not begun, so that those which have can end soon; the ids of the dropped."""
+        names = [
+            name
+            for name, sequences in self._open.items()
+            if all(each.state is State.WAITING and not each.output for each in sequences)
+        ]
+        for name in names:
+            self.abort(name)
+        return names
+
     def step(self) -> list[Update]:
         """Enqueues the next dispatch, then reads the one before: the device works while the host looks at tokens."""
         dispatch = self.scheduler.schedule()
+        self.steps += 1
         if dispatch is not None:
             run = self._runner.prefill if isinstance(dispatch, PrefillTick) else self._runner.decode
             self._count(dispatch)
+            self._beat(_phase(dispatch), self.steps, True)
             result, programs = run(dispatch), self._runner.programs
             self._in_flight.append((dispatch, result, time.perf_counter() - programs.compile_seconds))
             self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
@@ -166,7 +186,9 @@ class Engine:
         return self._read(*self._in_flight.popleft())
 
     def _read(self, dispatch: PrefillTick | DecodeBlock, result: Result, dispatched: float) -> list[Update]:
+        self._beat(_phase(dispatch), self.steps, True)
         emitted, scored = result.read()
+        self._beat(_phase(dispatch), self.steps, False)
         now = time.perf_counter()
         working = now - self.stats.compile_seconds  # a clock that stands still while programs compile
         took = working - max(dispatched, self._last_read)
@@ -248,6 +270,10 @@ class Engine:
         embed = params["ends"]["embed"].addressable_data(0).nbytes
         self._weight_bytes_per_tick = self.memory.weights - (0 if self.model.tied else embed)
         return params
+
+
+def _phase(dispatch: PrefillTick | DecodeBlock) -> str:
+    return "prefill" if isinstance(dispatch, PrefillTick) else "decode"
 
 
 def _check_dtype(dtype: Any, device: jax.Device) -> None:

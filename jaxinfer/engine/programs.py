@@ -1,6 +1,7 @@
 """The engine's compiled programs and the sharding of what they take and give."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,19 @@ POOL = P("stage", "data", None, None, "tensor", None)
 
 
 class Programs:
-    """Compiles a program the first time that its bucket is needed: table width, prefill shape, features."""
+    """Compiles a program the first time that its bucket is needed: table width, prefill shape, features; `compiling` is
+    called before and after each."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, mesh: Mesh, rules: Rules, dtype: Any):
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        mesh: Mesh,
+        rules: Rules,
+        dtype: Any,
+        compiling: Callable[[], None],
+    ):
+        self._compiling = compiling
         self._decoder, self._config, self._mesh, self._rules, self._dtype = decoder, config, mesh, rules, dtype
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
@@ -123,8 +134,10 @@ class Programs:
                 out_specs=(spec, *(P(),) * outputs),
                 check_vma=False,
             )
+            self._compiling()
             began = time.perf_counter()
             lowered = jax.jit(mapped, donate_argnums=1).lower(params, state, inputs, sampling)
             self._compiled[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - began
+            self._compiling()
         return self._compiled[key](params, state, inputs, sampling)

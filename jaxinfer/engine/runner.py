@@ -1,5 +1,6 @@
 """From the scheduler's decisions to device programs: builds their arrays, runs them, starts the copy of results."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,9 @@ class Runner:
         params: Any,
         pages: int,
         max_context: int,
+        compiling: Callable[[], None],
     ):
-        self.programs = Programs(decoder, config, mesh, rules, dtype)
+        self.programs = Programs(decoder, config, mesh, rules, dtype, compiling)
         self._params = params
         self._eos = decoder.config.eos_token_ids
         self._state = self.programs.new_state(pages)

@@ -1,5 +1,8 @@
 """The device mesh: its three axes, their sizes from text, and where each process stands on it."""
 
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -29,6 +32,20 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise LayoutError(f"mesh: {name}={value!r} is not a positive whole number")
         sizes[name] = int(value)
     return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def choose_mesh(per_node: Sequence[int], fits: Callable[[int], bool], num_layers: int) -> dict[str, int]:
+    """A mesh over all devices of nodes that have `per_node` of them: as much tensor parallelism as stays inside every
+    node and `fits` allows, stages for the rest, data shards beyond one layer per stage."""
+    inside, total = gcd(*per_node), sum(per_node)
+    tensor = max(size for size in range(1, inside + 1) if inside % size == 0 and (size == 1 or fits(size)))
+    rest = total // tensor
+    stage = max(size for size in range(1, rest + 1) if rest % size == 0 and size <= num_layers)
+    return {"stage": stage, "data": rest // stage, "tensor": tensor}
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1)
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

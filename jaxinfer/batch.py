@@ -1,0 +1,103 @@
+"""Runs a batch of requests to its end, or to a stop signal: results go to the output as they finish."""
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.cluster.pulse import Alone, Pulse
+from jaxinfer.engine.request import Output, Request, Update
+from jaxinfer.llm import LLM
+from jaxinfer.outputs import Writer, beside, output_line, write_json
+from jaxinfer.telemetry.metrics import RunMetrics
+from jaxinfer.telemetry.progress import Progress
+
+Life = Pulse | Alone
+
+
+def note_unfinished(output: Path, left: int, fresh: bool) -> None:
+    """Says in the metrics file how many requests are left, for whoever finds it after a kill; `fresh`: nothing else of
+    an earlier run stays in it."""
+    path = beside(output, "metrics")
+    old: dict[str, Any] = {}
+    if not fresh and path.exists():
+        old = json.loads(path.read_bytes())
+    write_json(path, old | {"unfinished": left, "stopped_by": None})
+
+
+def run_batch(
+    llm: LLM,
+    requests: dict[str, Request],
+    life: Life,
+    output: Path | None,
+    first: bool,
+    shows: bool,
+    counts: dict[str, int],
+) -> dict[str, Any]:
+    """Runs `requests`, which `llm` has, and returns the figures; only the `first` process writes and shows.
+
+    After a stop signal it lets nothing new begin, finishes what it can in time and puts the rest back: nothing of a
+    request that has not finished stays in the output, so that the same command does it again.
+
+    Raises:
+      OutputError: the disk does not take a result; what was written before is whole.
+    """
+    metrics = RunMetrics()
+    writer = Writer(output) if first and output is not None else None
+    if writer is not None:
+        note_unfinished(writer.path, len(requests), fresh=True)
+    bar = Progress("generate", "requests", len(requests), shown=first)
+    left = Counter({name: request.params.n for name, request in requests.items()})
+
+    def take(update: Update) -> None:
+        metrics.add(update)
+        done = update.output
+        if done is not None:
+            left[update.request_id] -= 1
+            if writer is not None:
+                writer.write(output_line(done))
+            if shows:
+                bar.write(_readable(done, requests[update.request_id], llm.engine.tokenizer))
+        bar.update(int(done is not None and not left[update.request_id]), len(update.token_ids))
+
+    try:
+        _steps(llm, life, take)
+    finally:
+        bar.close()
+        if writer is not None:
+            writer.close()
+    number = life.stop_signal()
+    unfinished = sum(each > 0 for each in left.values())
+    stopped_by = signal.Signals(number).name if number else None
+    import jax
+
+    summary = counts | {"unfinished": unfinished, "stopped_by": stopped_by}
+    summary |= metrics.summary(asdict(llm.engine.stats), jax.devices()[0].device_kind)
+    if writer is not None:
+        write_json(beside(writer.path, "metrics"), summary)
+    return summary
+
+
+def _steps(llm: LLM, life: Life, take: Callable[[Update], None]) -> None:
+    engine, drains = llm.engine, False
+    while engine.has_unfinished():
+        order = life.poll(engine.steps)
+        if order == "quit":
+            break
+        if order == "drain" and not drains:
+            drains = True
+            engine.put_back()
+        for update in engine.step():
+            take(update)
+    llm.drop()
+
+
+def _readable(output: Output, request: Request, tokenizer: Any) -> str:
+    title = output.id if request.params.n == 1 else f"{output.id} [{output.index}]"
+    if tokenizer is None:
+        return f"=== {title}\n{request.prompt_token_ids} {output.token_ids}\n"
+    prompt = tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
+    return f"=== {title}\n{prompt}{output.text}\n"

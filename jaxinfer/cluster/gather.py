@@ -1,0 +1,274 @@
+"""The processes of a run meet at process 0 over plain TCP, without JAX: for programs that ask whether JAX can start.
+
+Messages are JSON behind four bytes of length. Who does not know the run is refused, and every wait has a bound.
+"""
+
+import json
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+from jaxinfer.cluster.launch import Launch
+from jaxinfer.cluster.slurm import ClusterError
+
+HELLO_SECONDS = 5.0  # for a stranger that says nothing
+RETRY_SECONDS = 0.2
+POLL_SECONDS = 0.1
+PINGS = 8
+LONGEST_HELLO, LONGEST = 1 << 12, 1 << 26
+
+
+class Meeting:
+    """The connections of one process: those of process 0 lead to all others, any other's to process 0.
+
+    Attributes:
+      missing: on process 0, each process that is not (or no longer) here, and why.
+      refused: on process 0, who was turned away, and why.
+      clock_s: this process's clock less that of process 0, exact to half of `round_trip_s`.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.missing: dict[int, str] = {}
+        self.refused: list[str] = []
+        self.clock_s = self.round_trip_s = 0.0
+        self._peers: dict[int, socket.socket] = {}
+
+    def gather(self, value: Any, timeout_s: float) -> list[Any] | None:
+        """On process 0 the value of each process, None for one that did not send it in time; on the others None.
+
+        Raises:
+          ClusterError: process 0 is gone.
+        """
+        if self.launch.process_id:
+            self._to_host(value, timeout_s)
+            return None
+        deadline = time.monotonic() + timeout_s
+        values = [value] + [None] * (self.launch.num_processes - 1)
+        for process in sorted(self._peers):
+            try:
+                values[process] = _receive(self._peers[process], deadline, LONGEST)
+            except TimeoutError:
+                self._drop(process, f"sent nothing in {timeout_s:.0f} s: stuck")
+            except (OSError, ValueError) as error:
+                self._drop(process, f"ended before it had sent its part ({error})")
+        return values
+
+    def share(self, value: Any, timeout_s: float) -> Any:
+        """What process 0 has in `value`; the others' own are ignored.
+
+        Raises:
+          ClusterError: process 0 is gone, or sent nothing in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        if self.launch.process_id:
+            try:
+                return _receive(self._peers[0], deadline, LONGEST)
+            except (OSError, ValueError) as error:
+                raise ClusterError(self._host_gone(error, timeout_s)) from None
+        for process in sorted(self._peers):
+            try:
+                _send(self._peers[process], value, deadline)
+            except OSError as error:
+                self._drop(process, f"ended too early ({error})")
+        return value
+
+    def close(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+
+    def _to_host(self, value: Any, timeout_s: float) -> None:
+        try:
+            _send(self._peers[0], value, time.monotonic() + timeout_s)
+        except OSError as error:
+            raise ClusterError(self._host_gone(error, timeout_s)) from None
+
+    def _host_gone(self, error: Exception, timeout_s: float) -> str:
+        what = f"silent for {timeout_s:.0f} s" if isinstance(error, TimeoutError) else f"gone ({error})"
+        return f"{self.launch.name}: rank 0 on {self.launch.host} is {what}"
+
+    def _drop(self, process: int, why: str) -> None:
+        self._peers.pop(process).close()
+        self.missing[process] = why
+
+
+def meet(launch: Launch, timeout_s: float) -> Meeting:
+    """Comes back when all processes of `launch` are connected, on process 0 also when `timeout_s` is over.
+
+    Raises:
+      ClusterError: the port is taken (process 0), or process 0 was not reached or refused this process (the others).
+    """
+    meeting = Meeting(launch)
+    if launch.num_processes == 1:
+        return meeting
+    if launch.process_id == 0:
+        _receive_peers(meeting, timeout_s)
+    else:
+        _reach_host(meeting, timeout_s)
+    return meeting
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that listens on all addresses; port 0: one that is free.
+
+    Raises:
+      OSError: the port is taken or not allowed.
+    """
+    dual = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+
+
+def _receive_peers(meeting: Meeting, timeout_s: float) -> None:
+    launch, deadline = meeting.launch, time.monotonic() + timeout_s
+    try:
+        server = listen(launch.port)
+    except OSError as error:
+        raise ClusterError(
+            f"{launch.name}: port {launch.port} cannot be used: {error.strerror}; another program has it: end it, or "
+            "choose another port"
+        ) from None
+    lock = threading.Lock()
+    server.settimeout(POLL_SECONDS)
+    with server:
+        while len(meeting._peers) < launch.num_processes - 1 and time.monotonic() < deadline:
+            try:
+                connection, address = server.accept()
+            except TimeoutError:
+                continue
+            threading.Thread(target=_admit, args=(meeting, lock, connection, address[0]), daemon=True).start()
+    with lock:
+        for process in range(1, launch.num_processes):
+            if process not in meeting._peers:
+                meeting.missing[process] = f"did not come in {timeout_s:.0f} s"
+
+
+def _admit(meeting: Meeting, lock: threading.Lock, peer: socket.socket, address: str) -> None:
+    launch, name = meeting.launch, address.removeprefix("::ffff:")
+    try:
+        deadline = time.monotonic() + HELLO_SECONDS
+        hello = _receive(peer, deadline, LONGEST_HELLO)
+        name = f"rank {hello['process']} on {hello['host']} ({name})"
+        reason = _objection(launch, hello)
+        _send(peer, {"refused": reason}, deadline)
+        if not reason:
+            for _ in range(PINGS):
+                _receive(peer, deadline, LONGEST_HELLO)
+                _send(peer, time.time(), deadline)
+            _receive(peer, deadline, LONGEST_HELLO)
+    except (OSError, ValueError, KeyError, TypeError):
+        reason = "no process of this run: it does not speak as one"
+    with lock:
+        if not reason and (hello["process"] in meeting._peers or hello["process"] in meeting.missing):
+            reason = "its place is taken, or it came too late"
+        if reason:
+            meeting.refused.append(f"{name}: {reason}")
+            peer.close()
+        else:
+            meeting._peers[hello["process"]] = peer
+
+
+def _objection(launch: Launch, hello: dict[str, Any]) -> str:
+    if hello["run"] != launch.run:
+        return f"it belongs to run {hello['run']}, this is {launch.run}"
+    if hello["of"] != launch.num_processes:
+        return f"it counts {hello['of']} processes, rank 0 counts {launch.num_processes}"
+    if not (isinstance(hello["process"], int) and 0 < hello["process"] < launch.num_processes):
+        return f"no such rank: legal is 1 to {launch.num_processes - 1}"
+    return ""
+
+
+def _reach_host(meeting: Meeting, timeout_s: float) -> None:
+    launch, began = meeting.launch, time.monotonic()
+    where = f"{launch.host}:{launch.port}"
+    hello = {
+        "run": launch.run,
+        "process": launch.process_id,
+        "of": launch.num_processes,
+        "host": socket.gethostname(),
+    }
+    while True:
+        try:
+            peer = socket.create_connection((launch.host, launch.port), HELLO_SECONDS)
+            try:
+                deadline = time.monotonic() + HELLO_SECONDS
+                _send(peer, hello, deadline)
+                reason = _receive(peer, deadline, LONGEST_HELLO)["refused"]
+                if not reason:
+                    meeting.clock_s, meeting.round_trip_s = _compare_clocks(peer, deadline)
+                    _send(peer, "ready", deadline)
+                    meeting._peers[0] = peer
+                    return
+            except BaseException:
+                peer.close()
+                raise
+            peer.close()
+            raise ClusterError(f"{launch.name}: refused by rank 0 at {where}: {reason}")
+        except (ValueError, KeyError, TypeError):
+            raise ClusterError(
+                f"{launch.name}: another program answers at {where}; choose another port, or see whether {launch.host} "
+                "means another machine here"
+            ) from None
+        except OSError as error:
+            if time.monotonic() - began > timeout_s:
+                found = addresses(launch.host)
+                raise ClusterError(
+                    f"{launch.name}: rank 0 at {where} not reached in {timeout_s:.0f} s: {error} ({launch.host} is "
+                    f"{', '.join(found) or 'no known name'} here; does rank 0 run there? is the port open between nodes?)"
+                ) from None
+            time.sleep(RETRY_SECONDS)
+
+
+def _compare_clocks(peer: socket.socket, deadline: float) -> tuple[float, float]:
+    best = (0.0, float("inf"))
+    for _ in range(PINGS):
+        sent, began = time.time(), time.perf_counter()
+        _send(peer, "time", deadline)
+        theirs = _receive(peer, deadline, LONGEST_HELLO)
+        trip = time.perf_counter() - began
+        # the shortest trip is the one that was held up least
+        if trip < best[1]:
+            best = (sent + trip / 2 - theirs, trip)
+    return best
+
+
+def addresses(host: str) -> list[str]:
+    """What a host name resolves to here; nothing where it is not known."""
+    try:
+        return sorted({str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    except OSError:
+        return []
+
+
+def _send(peer: socket.socket, value: Any, deadline: float) -> None:
+    data = json.dumps(value).encode()
+    peer.settimeout(_left(deadline))
+    peer.sendall(struct.pack("!I", len(data)) + data)
+
+
+def _receive(peer: socket.socket, deadline: float, longest: int) -> Any:
+    """Raises ValueError for what is no message, OSError for a connection that ends, TimeoutError."""
+    (size,) = struct.unpack("!I", _read(peer, 4, deadline))
+    if size > longest:
+        raise ValueError(f"{size} bytes announced, legal is at most {longest}")
+    return json.loads(_read(peer, size, deadline))
+
+
+def _read(peer: socket.socket, size: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        peer.settimeout(_left(deadline))
+        part = peer.recv(size - len(data))
+        if not part:
+            raise ConnectionError("connection closed")
+        data += part
+    return bytes(data)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left

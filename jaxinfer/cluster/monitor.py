@@ -1,0 +1,299 @@
+"""The process that srun started: forks the worker, watches it, tells the hub, and ends it when the run is over.
+
+A process of its own, because a thread would stop with its process, and would wait for Python's lock while JAX holds it.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from jaxinfer.cluster import hub as hubs
+from jaxinfer.cluster.launch import Launch
+from jaxinfer.cluster.pulse import STOP_SIGNALS, Limits, Pulse
+from jaxinfer.cluster.slurm import ClusterError
+from jaxinfer.cluster.verdict import Verdict
+from jaxinfer.cluster.wire import LONGEST, Peer
+from jaxinfer.cluster.worker import (
+    FAILED_HARD,
+    STACKS_SIGNAL,
+    become_worker,
+    end,
+    memory_text,
+    oom_kills,
+    process_state,
+    run_worker,
+)
+
+STATE_SECONDS = 0.5
+RETRY_SECONDS = 0.2
+ANSWER_SECONDS = 5.0
+QUIET_SECONDS = 5.0  # that a rank looks for process 0 before it says so
+STACKS_SECONDS = 1.0  # for the worker to print its stacks
+FAREWELL_SECONDS = 5.0  # for the other ranks to go
+PACKAGES = ("jax", "jaxlib")
+
+Work = Callable[[Pulse, str], int]  # the pulse, and the address for jax.distributed
+
+
+def supervise(launch: Launch, limits: Limits, program: str, facts: dict[str, str], work: Work) -> None:
+    """Runs `work` in a child of this process and exits with the status of the whole run. Does not return.
+
+    All ranks start together or not at all, and end together: the first that dies, fails or is stuck ends them, and
+    process 0 says which it was. `facts` must be the same on all ranks, as the versions of Python and JAX must. Call it
+    before anything starts threads.
+    """
+    pulse = Pulse(launch.process_id == 0, limits.grace)
+    name = launch.name
+    listening = None
+    try:
+        if launch.process_id == 0:
+            listening = hubs.listen(launch.port, name)
+    except ClusterError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        end(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    start, begin = os.pipe()
+    monitor = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        become_worker(monitor)
+        os.close(begin)
+        if listening:
+            listening.close()
+        with os.fdopen(start) as pipe:
+            coordinator = pipe.readline().strip()
+        if not coordinator:
+            os._exit(1)
+        run_worker(lambda: work(pulse, coordinator), pulse.fail, f"rank {launch.process_id} {socket.gethostname()}")
+    os.close(start)
+    end(asyncio.run(Monitor(launch, limits, program, facts, pulse, pid, begin).run(listening)))
+
+
+class Monitor:
+    """One rank's: `run` returns the status to exit with."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        limits: Limits,
+        program: str,
+        facts: dict[str, str],
+        pulse: Pulse,
+        pid: int,
+        begin: int,
+    ):
+        self._facts = _versions() | facts
+        self._launch, self._limits, self._program, self._pulse = launch, limits, program, pulse
+        self._pid, self._begin = pid, begin
+        self._ended: int | None = None
+        self._signal = 0
+        self._changed = asyncio.Event()
+        self._oom_kills = oom_kills()
+        self._memory = ""
+        self._peer: Peer | None = None
+
+    async def run(self, listening: socket.socket | None) -> int:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        for number in (*STOP_SIGNALS, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        self._reap()
+        if listening is None:
+            return await self._follow()
+        following = asyncio.create_task(self._follow())
+        kept = hubs.reserve_port()
+        hub = hubs.Hub(self._launch, self._limits, self._pulse, self._facts, self._say)
+        host = f"[{self._launch.host}]" if ":" in self._launch.host else self._launch.host
+        verdict = await hub.run(listening, f"{host}:{kept.getsockname()[1]}")
+        await self._conclude(hub, verdict)
+        following.cancel()
+        return verdict.status
+
+    async def _conclude(self, hub: hubs.Hub, verdict: Verdict) -> None:
+        if verdict.status or verdict.text:
+            if 0 not in verdict.ranks:
+                self._kill()  # it must not print after the last line
+            else:
+                await self._finish_worker(verdict.stuck)
+            self._say(verdict.text)
+        left = await hub.end(verdict, FAREWELL_SECONDS if self._launch.num_processes > 1 else 0.5)
+        others = [place for place in left if place != 0]
+        if others:
+            await asyncio.to_thread(cancel_step, self._launch)
+
+    async def _follow(self) -> int:
+        """Talks to the hub, from hello to the end."""
+        peer = await self._connect()
+        if peer is None:
+            self._kill()
+            return 2
+        self._peer = peer
+        if self._signal:
+            peer.send("signal", number=self._signal)
+        reporting = asyncio.create_task(self._report(peer))
+        try:
+            while message := await self._next(peer):
+                match message["kind"]:
+                    case "welcome":
+                        os.write(self._begin, f"{message['coordinator']}\n".encode())
+                        os.close(self._begin)
+                    case "order":
+                        hubs.orders(self._pulse, message["what"], message["step"])
+                        peer.send("done", what=message["what"], step=message["step"])
+                    case "end":
+                        if self._launch.process_id != 0:
+                            await self._finish_worker(message["stacks"])
+                        await peer.close()
+                        return message["status"]
+        finally:
+            reporting.cancel()
+        self._kill()
+        shared = self._pulse.shared
+        gone = f"lost rank 0 on {self._launch.host} in {shared.phase.decode()}, step {shared.step}"
+        self._say(f"{self._launch.name} {gone}: its process or its node is gone, or stopped")
+        if self._launch.process_id == 1:
+            await asyncio.to_thread(cancel_step, self._launch)
+        return 1
+
+    async def _next(self, peer: Peer) -> dict | None:
+        """The next message; None when process 0 is gone or silent for too long."""
+        while True:
+            began = time.monotonic()
+            try:
+                return await asyncio.wait_for(peer.receive(), self._limits.dead)
+            except TimeoutError:
+                # half as long again: this process itself was stopped, and the silence was its own
+                if time.monotonic() - began < 1.5 * self._limits.dead:
+                    return None
+
+    async def _connect(self) -> Peer | None:
+        """Finds process 0 and says hello; None after the bound for the start."""
+        launch, began, said, error = self._launch, time.monotonic(), False, ""
+        while self._ended is None:
+            try:
+                host = "127.0.0.1" if launch.process_id == 0 else launch.host
+                peer = Peer(
+                    *await asyncio.wait_for(asyncio.open_connection(host, launch.port, limit=LONGEST), ANSWER_SECONDS)
+                )
+                peer.send(
+                    "hello",
+                    run=launch.run,
+                    process_id=launch.process_id,
+                    count=launch.num_processes,
+                    host=socket.gethostname(),
+                    facts=self._facts,
+                )
+                answer = await asyncio.wait_for(peer.receive(), ANSWER_SECONDS)
+                if answer and answer["kind"] == "here":
+                    return peer
+                await peer.close()
+                error = answer["text"] if answer and answer["kind"] == "refuse" else "another program listens there"
+            except (OSError, TimeoutError) as found:
+                error = str(found) or type(found).__name__
+            waited = time.monotonic() - began
+            if waited > self._limits.start:
+                place, hint = f"{launch.host}:{launch.port}", "does rank 0 run there? does the name resolve here?"
+                self._say(
+                    f"error: {launch.name}: coordinator {place} not reachable in {self._limits.start:g} s: {error} "
+                    f"({hint} is the port open?)"
+                )
+                return None
+            if waited > QUIET_SECONDS and not said:
+                self._say(f"{launch.name}: waiting for coordinator {launch.host}:{launch.port}: {error}")
+                said = True
+            await asyncio.sleep(RETRY_SECONDS)
+        return None
+
+    async def _report(self, peer: Peer) -> None:
+        shared = self._pulse.shared
+        told = False
+        while not told:
+            place = {"phase": shared.phase.decode(), "step": shared.step, "device": shared.device.decode()}
+            if self._ended is None:
+                state = process_state(self._pid)
+                self._memory = memory_text(self._pid) or self._memory
+                peer.send("state", **place, waits=bool(shared.waits), state=state, age=time.monotonic() - shared.at)
+            else:
+                failure = shared.failure.decode(errors="replace")
+                peer.send(
+                    "ended",
+                    **place,
+                    status=self._ended,
+                    failure=failure.removeprefix(FAILED_HARD),
+                    follows=failure.startswith(FAILED_HARD) or self._ended == -signal.SIGABRT,
+                    memory=self._memory_at_end(),
+                )
+                told = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(STATE_SECONDS, self._limits.dead / 4))
+            self._changed.clear()
+        while True:  # the worker is done; the rank is still there
+            await asyncio.sleep(STATE_SECONDS)
+            peer.send("alive")
+
+    def _memory_at_end(self) -> str:
+        if self._ended != -signal.SIGKILL:
+            return ""
+        before, now = self._oom_kills, oom_kills()
+        killed = before is not None and now is not None and now > before
+        cause = "out of memory: the kernel's OOM killer took it" if killed else "by hand, by Slurm or out of memory"
+        return f"{cause} ({self._memory})" if self._memory else cause
+
+    async def _finish_worker(self, stacks: bool) -> None:
+        if stacks and self._ended is None:
+            self._say(f"{self._launch.name}: the stacks of its process:")
+            self._signal_worker(STACKS_SIGNAL)
+            self._signal_worker(signal.SIGCONT)  # one that is stopped prints them when it goes on
+            await asyncio.sleep(STACKS_SECONDS)
+        self._kill()
+
+    def _kill(self) -> None:
+        self._signal_worker(signal.SIGKILL)
+
+    def _signal_worker(self, number: int) -> None:
+        if self._ended is None:
+            for send in (os.killpg, os.kill):  # before it has its own group, by its id
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    send(self._pid, number)
+                    return
+
+    def _reap(self) -> None:
+        if self._ended is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._ended = os.waitstatus_to_exitcode(status)
+                self._changed.set()
+
+    def _signalled(self, number: int) -> None:
+        number = signal.SIGTERM if number == signal.SIGINT else number
+        if self._signal and number == signal.SIGTERM == self._signal:
+            return  # Slurm repeats it
+        self._signal = self._signal or number
+        if self._peer:
+            self._peer.send("signal", number=number)
+
+    def _say(self, text: str) -> None:
+        print(f"{self._program}: {text}", file=sys.stderr, flush=True)
+
+
+def cancel_step(launch: Launch) -> None:
+    """Has Slurm end a step in which a rank no longer answers: nothing else reaches a monitor that is stopped."""
+    if launch.step and shutil.which("scancel"):
+        command = ["scancel", "--signal=KILL", launch.step]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(command, timeout=20, capture_output=True, check=False)
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"Python": platform.python_version().rpartition(".")[0], **versions}
