@@ -65,7 +65,7 @@ def expand_hosts(text: str) -> list[str]:
       ClusterError: not a Slurm host list.
     """
     parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
-    if ",".join(parts) != text:
+    if not text or ",".join(parts) != text:
         raise ClusterError(f"host list: found {text!r}, legal is a list such as a[01-03,7],b2")
     return [host for part in parts for host in _expand_name(part)]
 
@@ -80,7 +80,7 @@ def _expand_ranges(text: str) -> list[str]:
     numbers = []
     for part in text.split(","):
         low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        if not low.isdigit() or (dash and not (high.isdigit() and int(low) <= int(high))):
             raise ClusterError(f"host list: found [{text}], legal are numbers and ranges such as [01-03,7]")
         # leading zeros are part of a name: 01-03 are three names of two digits
         numbers += [str(each).zfill(len(low)) for each in range(int(low), int(high or low) + 1)]
@@ -113,15 +113,10 @@ def read_step(env: Mapping[str, str], gpus_present: int = 0) -> Step | None:
     `gpus_present` is how many GPUs the machine shows where neither Slurm nor CUDA_VISIBLE_DEVICES says anything.
 
     Raises:
-      ClusterError: variables that contradict each other, a heterogeneous job, GPUs that do not divide among the tasks.
+      ClusterError: variables that contradict each other, GPUs that do not divide among the tasks.
     """
     if not in_step(env):
         return None
-    if int(env.get("SLURM_HET_SIZE", 1)) > 1:
-        raise ClusterError(
-            f"a heterogeneous job of {env['SLURM_HET_SIZE']} components: found one step over several of them, legal is "
-            "an srun of one component (--het-group=0)"
-        )
     hosts = tuple(expand_hosts(env["SLURM_STEP_NODELIST"]))
     tasks = tuple(expand_counts(env["SLURM_STEP_TASKS_PER_NODE"]))
     node, local = int(env["SLURM_NODEID"]), int(env["SLURM_LOCALID"])
@@ -152,7 +147,8 @@ def _own_gpus(env: Mapping[str, str], present: int, tasks: int, local: int, host
         visible = len([each for each in listed.split(",") if each and each != "NoDevFiles"])
     if not visible:
         return None
-    if tasks == 1 or _bound_to_tasks(env) or visible < on_node:
+    # where CUDA_VISIBLE_DEVICES is not set, nothing is bound (--gpu-bind=none), whatever the job's options were
+    if tasks == 1 or (listed is not None and _bound_to_tasks(env)) or visible < on_node:
         return tuple(range(visible))
     # every task sees every GPU
     if visible % tasks:
