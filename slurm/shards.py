@@ -1,7 +1,7 @@
-"""``python -m slurm.shards``: one file of prompts cut into shards for a job array, and the results put together again.
+"""``python -m slurm.shards``: a file of prompts in shards for a job array, and their results put together again.
 
-Line i of the file is in shard (i - 1) modulo the number of shards. In a shard the lines of the others are empty, so that
-a line keeps its number, which is its id where it has none, and an error names the line of the whole file.
+Line i, from 0, is in shard i modulo the number of shards. In a shard the lines of the others are empty, so that a line
+keeps its number, which is its id where it has none, and an error names the line of the whole file.
 """
 
 import argparse
@@ -88,7 +88,9 @@ def _samples(parts: list[Path]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m slurm.shards", description=__doc__.split("\n")[0].split(": ", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm.shards", description=__doc__.split("\n")[0].split(": ", 1)[1]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("split", help="write one shard of a file of prompts")
     one.add_argument("prompts", type=Path, metavar="PROMPTS", help=".jsonl or .txt")

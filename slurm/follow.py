@@ -1,0 +1,87 @@
+"""A job from the queue to its end: its state, and the results as they come into its output."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import attrs
+
+from jaxinfer.telemetry.progress import Progress
+from slurm import jobs
+
+QUIET = 5  # failed looks at the queue, one after another, before we give up
+
+
+@attrs.define
+class Results:
+    """Whole lines of an output that grows. One that was rewritten is read from its start."""
+
+    path: Path
+    lines: int = 0
+    tokens: int = 0
+    _offset: int = 0
+    _inode: int = 0
+
+    def read(self) -> None:
+        try:
+            file = open(self.path, "rb")
+        except FileNotFoundError:
+            return
+        with file:
+            info = self.path.stat()
+            if info.st_ino != self._inode or info.st_size < self._offset:
+                self.lines = self.tokens = self._offset = 0
+                self._inode = info.st_ino
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self.lines += 1
+                self.tokens += _tokens(line)
+
+
+def _tokens(line: bytes) -> int:
+    try:
+        return json.loads(line).get("completion_tokens", 0)
+    except (ValueError, AttributeError):
+        return 0
+
+
+def follow(job: str, outputs: list[Path], total: int, poll_s: float) -> jobs.State:
+    """Returns the job's last state; one that the queue has forgotten is UNKNOWN."""
+    results = [Results(path) for path in outputs]
+    bar: Progress | None = None
+    last, failures = jobs.State(""), 0
+    done = tokens = 0
+    try:
+        while True:
+            try:
+                state, failures = jobs.state(job) or jobs.State(last.name if last.ended else "UNKNOWN"), 0
+            except jobs.SlurmError as error:
+                state, failures = last, failures + 1
+                if failures == QUIET:
+                    raise
+                print(f"job {job}: {error}", file=sys.stderr)
+            if state != last:
+                if bar is not None:
+                    bar.close()
+                    bar = None
+                print(f"job {job}: {state}", file=sys.stderr, flush=True)
+                last = state
+            for each in results:
+                each.read()
+            before = done, tokens
+            done, tokens = sum(each.lines for each in results), sum(each.tokens for each in results)
+            if bar is None and state.name == "RUNNING":
+                bar = Progress("results", "lines", total)
+                bar.update(done)
+            elif bar is not None:
+                bar.update(done - before[0], tokens - before[1])
+            if state.ended or state.name == "UNKNOWN":
+                return state
+            time.sleep(poll_s)
+    finally:
+        if bar is not None:
+            bar.close()
