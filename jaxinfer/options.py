@@ -86,6 +86,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         ("decode_steps", "decode steps per dispatch"),
         ("prefill_chunk", "prompt tokens per prefill tick"),
         ("max_context", "most tokens of prompt and output together (default: the model's)"),
+        ("load_threads", "threads of each process that read the checkpoint (default: its cores, at most 8)"),
     ):
         default = getattr(config, name)
         what += "" if default is None else f" (default: {default})"

@@ -16,14 +16,14 @@ from jaxinfer.parallel.placement import Parameter, Rules, local_size, partition_
 from jaxinfer.parallel.stages import balance
 
 
-def logits(read, model, tokens, mesh="", stage_layers=None, chunks=None, page_size=16, dtype=np.float32):
-    """tokens [T] to float32 logits [T, V]; `read` gives checkpoint slices, `chunks` the lengths to cut T into."""
+def logits(reader, model, tokens, mesh="", stage_layers=None, chunks=None, page_size=16, dtype=np.float32):
+    """tokens [T] to float32 logits [T, V]; `reader` is of the checkpoint, `chunks` the lengths to cut T into."""
     mesh = make_mesh(parse_mesh(mesh))
     sizes, rules = mesh_sizes(mesh), Rules()
     stages = sizes["stage"]
     decoder = Decoder(model, stage_layers or balance(model.num_layers, stages))
     parameters = decoder.parameters()
-    params = load(read, parameters, mesh, rules, dtype)
+    params = load(reader, parameters, mesh, rules, dtype)
     specs = jax.tree.map(lambda p: partition_spec(p, rules), parameters, is_leaf=lambda p: isinstance(p, Parameter))
     pages = -(-len(tokens) // page_size) + 1
     kv_heads = local_size("kv_heads", model.num_kv_heads, rules, sizes) * sizes["tensor"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from convert.run import convert
 from hf_models import make_hf_folder
-from jaxinfer.checkpoint.load import local_array
+from jaxinfer.checkpoint.load import local_piece
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import Engine, _check_dtype
 from jaxinfer.engine.forward import Decoder
@@ -128,12 +128,12 @@ def test_shards_put_together_are_the_leaves(stage, tensor, heads, vocabulary):
     }
     arrays = {name: np.random.default_rng(0).normal(size=leaf.shape) for name, leaf in table.items()}
 
-    def fill(name, index, out):
-        out[...] = arrays[name][index]
-
     def local(parameter, **coords):
         coords = {"stage": 0, "data": 0} | coords
-        array = local_array(fill, parameter, rules, sizes, coords, np.float64)
+        piece = local_piece(parameter, rules, sizes, coords, np.float64)
+        array = piece.allocate()
+        for name, index, view in piece.views(array):
+            view[...] = arrays[name][index]
         assert array.shape == local_shape(parameter, rules, sizes)
         return array
 

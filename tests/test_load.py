@@ -1,44 +1,267 @@
-"""What a process holds and reads while it loads."""
+"""Loading: what a process reads and holds, with any number of threads, and how damage ends it."""
 
+import threading
 import tracemalloc
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from jaxinfer.checkpoint.load import local_array
+from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.fill import Piece, fill
+from jaxinfer.checkpoint.load import load, local_piece
 from jaxinfer.checkpoint.manifest import Manifest
-from jaxinfer.checkpoint.reader import Reader
+from jaxinfer.checkpoint.reader import BLOCK, Reader
 from jaxinfer.checkpoint.writer import chunk_shape, write_leaf
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.models.leaves import Leaf
+from jaxinfer.parallel.mesh import make_mesh, parse_mesh
 from jaxinfer.parallel.placement import Parameter, Rules
+from jaxinfer.parallel.stages import balance, slots
 
-LEAVES = {name: Leaf((256, 4096), ("embed", "mlp")) for name in ("gate", "up")}
+THREADS = [1, 3, 8]
+
+
+def write(folder, leaves, dtype=np.float32):
+    """A checkpoint of random numbers without a model: its arrays and a reader."""
+    arrays, files, table, rng = {}, {}, {}, np.random.default_rng(0)
+    for name, leaf in leaves.items():
+        chunks = chunk_shape(leaf.shape, leaf.axes)
+        arrays[name] = rng.random(leaf.shape, np.float32).astype(dtype)
+        files |= write_leaf(folder / "params", name, arrays[name], chunks)
+        table[name] = {"shape": leaf.shape, "dtype": np.dtype(dtype).name, "chunks": chunks}
+    return arrays, Reader(folder, Manifest({}, np.dtype(dtype).name, None, table, files, [], {}, "test", 0))
+
+
+def whole_leaf(reader, name):
+    """A piece that is one whole leaf."""
+    shape = tuple(reader.manifest.leaves[name]["shape"])
+    return Piece(shape, np.dtype(np.float32), len(shape) - 1, ((name, tuple(slice(0, size) for size in shape)),), name)
+
+
+def drop(piece, array):
+    pass
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(
+    ("mesh", "heads", "vocabulary"),
+    [
+        ("", (8, 2), 40),
+        ("tensor=2", (8, 2), 43),
+        ("stage=2,tensor=4", (8, 2), 43),
+        ("data=2,tensor=4", (12, 4), 17),
+        ("stage=3", (12, 4), 50),
+        ("tensor=8", (8, 2), 3),  # KV heads and vocabulary are too few: replicas, and devices with padding alone
+    ],
+)
+def test_every_device_gets_its_slices_whatever_the_threads(tmp_path, mesh, heads, vocabulary, threads):
+    wide, (queries, keys) = 24, heads
+    leaves = {"embed": Leaf((vocabulary, wide), ("vocab", "embed")), "norm": Leaf((wide,), ("embed",))}
+    leaves["head"] = Leaf((wide, vocabulary), ("embed", "vocab"))
+    for layer in range(5):
+        leaves[f"layers.{layer}.q"] = Leaf((wide, queries, 5), ("embed", "heads", "head_dim"))
+        leaves[f"layers.{layer}.k"] = Leaf((wide, keys, 5), ("embed", "kv_heads", "head_dim"))
+        leaves[f"layers.{layer}.o"] = Leaf((queries, 5, wide), ("heads", "head_dim", "embed"))
+    arrays, reader = write(tmp_path, leaves)
+    rules, mesh = Rules(), make_mesh(parse_mesh(mesh))
+    parameters = {name: Parameter(name, ((name, leaf),), len(leaf.shape) - 1) for name, leaf in leaves.items()}
+    parameters = {name: parameters[name] for name in ("embed", "norm", "head")}
+    for number, layers in enumerate(slots(balance(5, mesh.shape["stage"]))):
+        qk = tuple((f"layers.{{}}.{name}", leaves[f"layers.0.{name}"]) for name in "qk")
+        parameters[f"qk{number}"] = Parameter("qk", qk, 1, layers)
+        parameters[f"o{number}"] = Parameter("o", (("layers.{}.o", leaves["layers.0.o"]),), 2, layers)
+    placed = load(reader, parameters, mesh, rules, np.float32, threads)
+    coords_of = {device: dict(zip(mesh.shape, where)) for where, device in np.ndenumerate(mesh.devices)}
+    for name, parameter in parameters.items():
+        for shard in placed[name].addressable_shards:
+            piece = local_piece(parameter, rules, mesh.shape, coords_of[shard.device], np.float32)
+            expected = np.zeros(piece.shape, np.float32)
+            for leaf, index, view in piece.views(expected):
+                view[...] = arrays[leaf][index]
+            found = np.asarray(shard.data)
+            assert np.array_equal(found if parameter.layers is None else found[0], expected), (name, shard.device)
+    once = sum(entry["bytes"] for entry in reader.manifest.files.values())
+    assert reader.bytes_read == once, "one process has all devices: each file once"
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("load")
-    files, table, rng = {}, {}, np.random.default_rng(0)
-    for name, leaf in LEAVES.items():
-        chunks = chunk_shape(leaf.shape, leaf.axes)
-        files |= write_leaf(folder / "params", name, rng.normal(size=leaf.shape).astype(np.float32), chunks)
-        table[name] = {"shape": leaf.shape, "dtype": "float32", "chunks": chunks}
-    return Reader(folder, Manifest({}, "float32", None, table, files, [], {}, "test", 0))
+def gate_up(tmp_path_factory):
+    leaves = {name: Leaf((256, 4096), ("embed", "mlp")) for name in ("gate", "up")}
+    return leaves, *write(tmp_path_factory.mktemp("load"), leaves)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("tensor", [1, 2, 8, 16])
-def test_a_shard_is_held_once_and_beside_it_one_chunk(reader, tensor, dtype):
-    gate_up = Parameter("gate_up", tuple(LEAVES.items()), 1)
+def test_a_device_reads_only_the_chunks_of_its_shard(gate_up, tensor, dtype):
+    leaves, arrays, reader = gate_up
     sizes, coords = {"stage": 1, "data": 1, "tensor": tensor}, {"stage": 0, "data": 0, "tensor": tensor - 1}
-    chunk = 256 * 512 * 4
-    before = reader.bytes_read
+    piece = local_piece(Parameter("gate_up", tuple(leaves.items()), 1), Rules(), sizes, coords, dtype)
+    before, found = reader.bytes_read, []
+    fill(reader, [piece], lambda _, array: found.append(array), 3)
+    assert reader.bytes_read - before == 2 * max(8 // tensor, 1) * 256 * 512 * 4
+    own = slice((tensor - 1) * 4096 // tensor, 4096)
+    expected = np.concatenate([arrays[name][:, own] for name in ("gate", "up")], axis=1)
+    assert np.array_equal(found[0], expected.astype(dtype))
+
+
+def test_devices_of_one_process_share_a_chunk_file_that_several_need(gate_up):
+    leaves, arrays, reader = gate_up
+    sizes, parameter = {"stage": 1, "data": 1, "tensor": 16}, Parameter("gate_up", tuple(leaves.items()), 1)
+    all_coords = [{"stage": 0, "data": 0, "tensor": rank} for rank in range(16)]
+    pieces = [local_piece(parameter, Rules(), sizes, coords, np.float32, coords["tensor"]) for coords in all_coords]
+    before, found = reader.bytes_read, {}
+    fill(reader, pieces, lambda piece, array: found.update({piece.owner: array}), 3)
+    assert reader.bytes_read - before == sum(entry["bytes"] for entry in reader.manifest.files.values())
+    for rank, array in found.items():
+        own = slice(rank * 256, rank * 256 + 256)
+        assert np.array_equal(array, np.concatenate([arrays[name][:, own] for name in ("gate", "up")], axis=1))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """24 leaves of 2 MiB in 8 chunk files each, and one of 96 MiB with chunks of 12 MiB, cut by columns."""
+    leaves = {f"layers.{index:02}": Leaf((128, 4096), ("embed", "mlp")) for index in range(24)}
+    leaves["head"] = Leaf((3072, 8192), ("embed", "vocab"))
+    return write(tmp_path_factory.mktemp("many"), leaves)[1]
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("held", [0, 9 << 20])
+def test_host_memory_is_bounded_whatever_the_threads(many, threads, held):
+    chunk, piece = 128 * 512 * 4, 128 * 4096 * 4
+    pieces = [whole_leaf(many, name) for name in many.manifest.leaves if name != "head"]
     tracemalloc.start()
-    local = local_array(reader.read, gate_up, Rules(), sizes, coords, dtype)
+    fill(many, pieces, drop, threads, held=held)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < local.nbytes + chunk + 50_000
-    assert reader.bytes_read - before == 2 * max(8 // tensor, 1) * chunk
-    own = slice((tensor - 1) * 4096 // tensor, 4096)
-    expected = [reader.read(name, (slice(0, 256), own)) for name in LEAVES]
-    assert (local == np.concatenate(expected, axis=1).astype(dtype)).all()
+    assert peak < max(held, piece) + threads * chunk + 400_000
+    assert peak > max(held, piece) // piece * piece, "else pieces wait for each other"
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_beside_a_large_leaf_each_thread_holds_one_block(many, threads):
+    piece = whole_leaf(many, "head")
+    tracemalloc.start()
+    fill(many, [piece], drop, threads)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < piece.nbytes + threads * BLOCK + 400_000
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_progress_comes_often_from_the_callers_thread_and_only_grows(many, threads):
+    calls, before = [], many.bytes_read
+
+    def loading(done, total):
+        assert threading.current_thread() is threading.main_thread()
+        calls.append((done, total))
+
+    fill(many, [whole_leaf(many, "head")], drop, threads, loading)
+    total = 96 << 20
+    assert calls[0] == (0, total) and calls[-1] == (total, total) and {each for _, each in calls} == {total}
+    steps = np.diff([done for done, _ in calls])
+    assert steps.min() > 0 and steps.max() <= 64 << 20
+    assert many.bytes_read - before == total
+
+
+def damage(path: Path, how: str):
+    data = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(data[:-3])
+    elif how == "longer":
+        path.write_bytes(data + b"x")
+    else:
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("how", ["missing", "truncated", "longer", "changed"])
+def test_of_several_damaged_files_the_first_is_named(tmp_path, how, threads):
+    leaves = {f"layers.{index}": Leaf((64, 512), ("embed", "mlp")) for index in range(6)}
+    _, reader = write(tmp_path, leaves)
+    first = tmp_path / "params" / "layers.2" / "0.5"
+    damage(first, how)
+    damage(tmp_path / "params" / "layers.2" / "0.6", "missing")  # found at once, maybe before the first is read
+    damage(tmp_path / "params" / "layers.4" / "0.0", "truncated")
+    placed = []
+    with pytest.raises(CheckpointError, match=how) as refused:
+        fill(
+            reader, [whole_leaf(reader, name) for name in leaves], lambda piece, _: placed.append(piece.owner), threads
+        )
+    assert str(first) in str(refused.value)
+    assert "layers.2" not in placed, "a piece with a damaged file must not reach a device"
+
+
+class Listing(Reader):
+    """Says which files it was asked to read."""
+
+    def read_file(self, file, *rest):
+        self.asked.append(file)
+        super().read_file(file, *rest)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_an_error_in_one_thread_stops_the_others(many, tmp_path, threads):
+    reader = Listing(many.folder, many.manifest)
+    reader.asked = []
+    names = [name for name in many.manifest.leaves if name != "head"]
+
+    def place(piece, array):
+        if piece.owner == names[1]:
+            raise RuntimeError("no memory on the device")
+
+    with pytest.raises(RuntimeError, match="no memory on the device"):
+        fill(reader, [whole_leaf(reader, name) for name in names], place, threads)
+    assert 16 <= len(reader.asked) <= 16 + 6 * threads, "of 192"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+def test_an_interrupt_stops_the_threads(many):
+    def loading(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    reader = Listing(many.folder, many.manifest)
+    reader.asked = []
+    with pytest.raises(KeyboardInterrupt):
+        fill(reader, [whole_leaf(reader, name) for name in sorted(many.manifest.leaves)], drop, 2, loading)
+    assert len(reader.asked) < 200
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+def test_no_file_of_the_checkpoint_is_ever_mapped(many):
+    """Mapped pages crawl on parallel file systems; open files show that the look comes at the right time."""
+    opened, maps = [], []
+
+    class Looking(Reader):
+        def read_file(self, file, leaf, parts, read):
+            def look(size):
+                maps.append(Path("/proc/self/maps").read_text())
+                opened.extend(str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
+                read(size)
+
+            super().read_file(file, leaf, parts, look)
+
+    fill(Looking(many.folder, many.manifest), [whole_leaf(many, "head")], drop, 1)
+    params = str(many.folder / "params")
+    assert any(params in each for each in opened)
+    assert not any(params in each for each in maps)
+
+
+def test_a_cpu_device_takes_the_hosts_array_as_it_is(many):
+    parameter = Parameter("layers.00", (("layers.00", Leaf((128, 4096), ("embed", "mlp"))),), 1)
+    held = []
+    array = load(many, [parameter], make_mesh(parse_mesh("")), Rules(), np.float32, 2, lambda *_: held.append(_))[0]
+    again = np.asarray(array)
+    assert again.ctypes.data == array.unsafe_buffer_pointer() and again.ctypes.data % 64 == 0
+    assert jax.numpy.array_equal(array, many.read("layers.00", (slice(0, 128), slice(0, 4096))))
+
+
+def test_threads_below_one_are_refused():
+    with pytest.raises(ValueError, match="load_threads: 0 is below 1"):
+        EngineConfig(load_threads=0)

@@ -52,7 +52,7 @@ def compare(
         expected = model(torch.tensor(prompt)[None]).logits[0].numpy()
     reader = Reader(tmp_path / "ckpt")
     config = ModelConfig.from_json(reader.manifest.model)
-    found = logits(reader.read, config, prompt, mesh, stage_layers, chunks, page_size)
+    found = logits(reader, config, prompt, mesh, stage_layers, chunks, page_size)
     assert np.abs(expected).max() > 0.5, "a model that says nothing proves nothing"
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 

@@ -39,6 +39,8 @@ def test_summary_of_two_requests_one_with_two_samples():
         idle_stage_ticks=25,
         steady_stage_ticks=50,
         compiled_programs=3,
+        load_bytes=6_853_000_000,
+        load_seconds=1.25,
     )
     summary = metrics.summary(counts, "NVIDIA H200")
     assert (summary["requests"], summary["samples"]) == (2, 3)
@@ -56,6 +58,8 @@ def test_summary_of_two_requests_one_with_two_samples():
     assert table["pipeline bubble"] == "25.0% of stage-ticks idle, 0.0% in steady decode"
     assert table["decode bandwidth"] == "1,200.0 GB/s per device, 25.0% of 4,800 GB/s"
     assert "3 programs" in table["wall time"]
+    assert table["load"] == "6.853 GB in 1.25 s (5.5 GB/s)"
+    assert summary["load_bytes_per_s"] == pytest.approx(6.853e9 / 1.25)
 
 
 def test_nothing_ran():

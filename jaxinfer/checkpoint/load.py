@@ -1,13 +1,15 @@
-"""From a checkpoint onto a mesh: each process reads the slices that its own devices hold, one parameter at a time."""
+"""From a checkpoint onto a mesh: each process reads the slices that its own devices hold."""
 
-from collections.abc import Callable, Iterator, Mapping
-from math import prod
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxinfer.checkpoint.fill import Piece, fill
+from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.parallel.mesh import AXES, mesh_sizes
 from jaxinfer.parallel.placement import (
     MeshSizes,
@@ -19,68 +21,63 @@ from jaxinfer.parallel.placement import (
     partition_spec,
 )
 
-Read = Callable[[str, tuple[slice, ...], np.ndarray], Any]  # leaf, slices, the array to fill
+
+def default_threads() -> int:
+    """The cores that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
 
 
-def _coordinates(mesh: Mesh) -> Iterator[tuple[jax.Device, dict[str, int]]]:
-    for where, device in np.ndenumerate(mesh.devices):
-        if device.process_index == jax.process_index():
-            yield device, dict(zip(AXES, where))
-
-
-def local_array(
-    read: Read, parameter: Parameter, rules: Rules, sizes: MeshSizes, coords: MeshSizes, dtype: Any
-) -> np.ndarray:
-    """One device's piece, without the stage dimension; zeros where a slot is empty or the vocabulary is padded.
-
-    Each leaf is read into its columns of the piece, which is held once."""
-    whole = np.zeros(local_shape(parameter, rules, sizes), dtype)
+def local_piece(
+    parameter: Parameter, rules: Rules, sizes: MeshSizes, coords: MeshSizes, dtype: Any, owner: Any = None
+) -> Piece:
+    """What one device holds, without the stage dimension; of no leaf where its slot is empty."""
     layer = None if parameter.layers is None else parameter.layers[coords["stage"]]
-    if parameter.layers is not None and layer is None:
-        return whole
-    column = 0
-    for name, leaf in parameter.leaves:
-        index = tuple(local_slice(axis, size, rules, sizes, coords) for axis, size in zip(leaf.axes, leaf.shape))
-        shape = tuple(each.stop - each.start for each in index)
-        rows, columns = prod(shape[: parameter.in_dims]), prod(shape[parameter.in_dims :])
-        view = whole[..., column : column + columns]
-        view = view[:rows] if parameter.in_dims else view
-        read(name.format(layer), index, view.reshape(shape, copy=False))
-        column += columns
-    return whole
+    leaves = parameter.leaves if parameter.layers is None or layer is not None else ()
+    cut = tuple(
+        (name.format(layer), tuple(local_slice(*axis, rules, sizes, coords) for axis in zip(leaf.axes, leaf.shape)))
+        for name, leaf in leaves
+    )
+    return Piece(local_shape(parameter, rules, sizes), np.dtype(dtype), parameter.in_dims, cut, owner)
 
 
 def load(
-    read: Read,
+    reader: Reader,
     parameters: Any,
     mesh: Mesh,
     rules: Rules,
     dtype: Any,
-    loaded: Callable[[int], None] = lambda size: None,
+    threads: int = 1,
+    loading: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
-    """The tree of `parameters` as arrays on the mesh.
+    """The tree of `parameters` as arrays on the mesh, read by `threads` (of this process: others have their own).
 
-    Devices of this process that hold the same piece (data replicas) share one read. `loaded` is told the bytes that
-    each piece takes on its devices. The host holds one piece of one parameter at a time.
+    Devices of this process that hold the same piece (data replicas) share it, and no chunk file is read twice. The
+    bound on host memory, what `loading` is told and the errors are those of `fill`; beyond the bound, the CPU backend
+    keeps the host's arrays as its own, without a copy.
     """
     sizes = mesh_sizes(mesh)
+    declared, tree = jax.tree.flatten(parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
+    shardings = [NamedSharding(mesh, partition_spec(parameter, rules)) for parameter in declared]
+    shapes = [global_shape(parameter, rules, sizes) for parameter in declared]
+    coords_of = {device: dict(zip(AXES, where)) for where, device in np.ndenumerate(mesh.devices)}
+    pieces = []
+    for number, (parameter, sharding, shape) in enumerate(zip(declared, shardings, shapes)):
+        holders: dict[str, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            holders.setdefault(str(index), []).append(device)
+        pieces += [
+            local_piece(parameter, rules, sizes, coords_of[devices[0]], dtype, (number, devices))
+            for devices in holders.values()
+        ]
+    placed: list[list[jax.Array]] = [[] for _ in declared]
 
-    def place(parameter: Parameter) -> jax.Array:
-        sharding = NamedSharding(mesh, partition_spec(parameter, rules))
-        shape = global_shape(parameter, rules, sizes)
-        placed: Mapping[Any, list[jax.Device]] = {}
-        where = sharding.addressable_devices_indices_map(shape)
-        coords_of = dict(_coordinates(mesh))
-        for device, index in where.items():
-            placed.setdefault(str(index), []).append(device)
-        arrays = []
-        for devices in placed.values():
-            local = local_array(read, parameter, rules, sizes, coords_of[devices[0]], dtype)
-            local = local[None] if parameter.layers is not None else local
-            arrays += [jax.device_put(local, device) for device in devices]
-            loaded(local.nbytes * len(devices))
-        array = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-        # the transfer must be over before the host piece is dropped, or pieces would pile up
-        return array.block_until_ready()
+    def place(piece: Piece, array: np.ndarray) -> None:
+        number, devices = piece.owner
+        array = array if declared[number].layers is None else array[None]
+        arrays = [jax.device_put(array, device) for device in devices]
+        # the transfer must be over before the host array is dropped, or arrays would pile up
+        placed[number] += jax.block_until_ready(arrays)
 
-    return jax.tree.map(place, parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
+    fill(reader, pieces, place, threads, loading)
+    arrays = map(jax.make_array_from_single_device_arrays, shapes, shardings, placed)
+    return jax.tree.unflatten(tree, arrays)

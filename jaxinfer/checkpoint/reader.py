@@ -1,7 +1,11 @@
 """Reading slices of leaves: only the chunk files that a slice touches, whole and in order, checksums checked."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +16,20 @@ from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.checkpoint.manifest import PARAMS, Manifest, read_manifest
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+BLOCK = 4 << 20  # one read: large for a parallel file system, small enough to be checked and copied out of the cache
+
+Slices = tuple[slice, ...]
+Bounds = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one chunk file gives to a slice: the part `source` of the chunk is the part `target` of the result."""
+
+    file: str
+    leaf: str
+    source: Slices
+    target: Slices
 
 
 class Reader:
@@ -23,70 +41,107 @@ class Reader:
         self.manifest = manifest or read_manifest(folder)
         self.bytes_read = 0
 
-    def read(self, leaf: str, index: tuple[slice, ...], out: np.ndarray | None = None) -> np.ndarray:
+    def read(self, leaf: str, index: Slices, out: np.ndarray | None = None) -> np.ndarray:
         """The part of a leaf that `index` cuts out, one slice of step 1 per dimension.
 
-        It is written into `out` where given, any view of the right shape, cast to its dtype. Chunks that lie together
-        in the result are read straight into it; for all others one chunk is held beside it.
+        It is written into `out` where given, any view of the right shape, cast to its dtype. Beside the result, one
+        block of a chunk is held (`read_file`).
 
         Raises:
           KeyError: no such leaf.
           CheckpointError: a chunk file is missing, truncated or changed; the message names it and says which.
         """
-        info = self.manifest.leaves[leaf]
-        dtype, chunks = DTYPES[info["dtype"]], tuple(info["chunks"])
-        bounds = [each.indices(size) for each, size in zip(index, info["shape"], strict=True)]
-        if any(step != 1 for _, _, step in bounds):
-            raise ValueError(f"{leaf}: slices must have step 1, got {index}")
-        bounds = [(start, max(start, stop)) for start, stop, _ in bounds]
-        shape = tuple(stop - start for start, stop in bounds)
-        out = np.empty(shape, dtype) if out is None else out
+        shape = tuple(stop - start for start, stop in self._bounds(leaf, index))
+        out = np.empty(shape, DTYPES[self.manifest.leaves[leaf]["dtype"]]) if out is None else out
         if out.shape != shape:
             raise ValueError(f"{leaf}: the slice has shape {shape}, the array to fill {out.shape}")
-        scratch = None
-        for key, source, target in _touched(bounds, chunks):
-            part = out[target]
-            whole = part.shape == chunks and part.flags.c_contiguous and part.dtype == dtype
-            if not whole and scratch is None:
-                scratch = np.empty(chunks, dtype)
-            chunk = part if whole else scratch
-            self._read_file(f"{PARAMS}/{leaf}/{'.'.join(map(str, key))}", chunk)
-            if not whole:
-                part[...] = chunk[source]
+        for cut in self.cuts(leaf, index):
+            self.read_file(cut.file, leaf, [(cut.source, out[cut.target])], self.count)
         return out
 
-    def _read_file(self, name: str, into: np.ndarray) -> None:
-        path, data = self.folder / name, memoryview(into.reshape(-1).view(np.uint8))
-        expected = self.manifest.files.get(name)
-        if expected is None or expected["bytes"] != len(data):
+    def cuts(self, leaf: str, index: Slices) -> list[Cut]:
+        """The chunk files that a slice touches, in order."""
+        touched = _touched(self._bounds(leaf, index), tuple(self.manifest.leaves[leaf]["chunks"]))
+        return [Cut(f"{PARAMS}/{leaf}/{'.'.join(map(str, key))}", leaf, *parts) for key, *parts in touched]
+
+    def count(self, size: int) -> None:
+        self.bytes_read += size
+
+    def read_file(
+        self, file: str, leaf: str, parts: Sequence[tuple[Slices, np.ndarray]], read: Callable[[int], None]
+    ) -> None:
+        """Reads and checks a whole chunk file, and copies `chunk[source]` into `out` for each (source, out) of `parts`.
+
+        It goes in blocks of whole rows of about 4 MiB (one row, where that is larger), each checked and copied while it
+        is in the processor's cache; `read` is told the size of each. Where an `out` takes the whole chunk as it is, the
+        file is read straight into it; else one block is held.
+
+        Raises CheckpointError as `read` does; the parts are then filled in part.
+        """
+        info, path = self.manifest.leaves[leaf], self.folder / file
+        dtype, shape = DTYPES[info["dtype"]], tuple(info["chunks"])
+        row = prod(shape[1:]) * dtype.itemsize
+        size, rows = shape[0] * row, max(1, BLOCK // row)
+        expected = self.manifest.files.get(file)
+        if expected is None or expected["bytes"] != size:
             found = "no entry" if expected is None else f"{expected['bytes']} bytes"
-            raise CheckpointError(f"{path}: the manifest has {found} for it, its leaf needs {len(data)} bytes: damaged")
+            raise CheckpointError(f"{path}: the manifest has {found} for it, its leaf needs {size} bytes: damaged")
+        same = (out for _, out in parts if out.shape == shape and out.dtype == dtype and out.flags.c_contiguous)
+        whole = next(same, None)
+        scratch = np.empty((min(rows, shape[0]), *shape[1:]), dtype) if whole is None else None
+        checksum = xxhash.xxh3_128()
         try:
-            read = read_into(path, data)
+            handle = open(path, "rb", buffering=0)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing; convert the model again") from None
-        if read != len(data):
-            kind = "truncated" if read < len(data) else "longer than it was written"
-            raise CheckpointError(f"{path}: {kind}: {path.stat().st_size} bytes, expected {len(data)}")
-        self.bytes_read += read
-        if xxhash.xxh3_128_hexdigest(data) != expected["xxh3_128"]:
+        with handle:
+            if (found := os.fstat(handle.fileno()).st_size) != size:
+                raise _wrong_size(path, found, size)
+            for start in range(0, shape[0], rows):
+                stop = min(start + rows, shape[0])
+                block = scratch[: stop - start] if whole is None else whole[start:stop]
+                data = memoryview(block.reshape(-1).view(np.uint8))
+                if (got := _read_into(handle, data)) != len(data):
+                    raise _wrong_size(path, start * row + got, size)
+                checksum.update(data)
+                for source, out in parts:
+                    if out is not whole:
+                        _copy_rows(block, start, stop, source, out)
+                read(len(data))
+            if handle.read(1):
+                raise _wrong_size(path, os.fstat(handle.fileno()).st_size, size)
+        if checksum.hexdigest() != expected["xxh3_128"]:
             raise CheckpointError(f"{path}: its bytes changed since it was written (xxh3_128 differs); convert again")
 
+    def _bounds(self, leaf: str, index: Slices) -> Bounds:
+        shape = self.manifest.leaves[leaf]["shape"]
+        bounds = [each.indices(size) for each, size in zip(index, shape, strict=True)]
+        if any(step != 1 for _, _, step in bounds):
+            raise ValueError(f"{leaf}: slices must have step 1, got {index}")
+        return [(start, max(start, stop)) for start, stop, _ in bounds]
 
-def read_into(path: Path, data: memoryview) -> int:
-    """Fills `data` from the start of a file with plain reads; a result above its length means that more follows."""
+
+def _wrong_size(path: Path, found: int, expected: int) -> CheckpointError:
+    kind = "truncated" if found < expected else "longer than it was written"
+    return CheckpointError(f"{path}: {kind}: {found} bytes, expected {expected}")
+
+
+def _read_into(file: FileIO, data: memoryview) -> int:
     done = 0
-    with open(path, "rb", buffering=0) as file:
-        while done < len(data) and (count := file.readinto(data[done:])):
-            done += count
-        return done + len(file.read(1))
+    while done < len(data) and (count := file.readinto(data[done:])):
+        done += count
+    return done
 
 
-Bounds = list[tuple[int, int]]
-Cut = tuple[slice, ...]
+def _copy_rows(block: np.ndarray, start: int, stop: int, source: Slices, out: np.ndarray) -> None:
+    """Copies what the rows `start` to `stop` of a chunk (the block) hold of `chunk[source]` to its place in `out`."""
+    first, *others = source
+    low, high = max(start, first.start), min(stop, first.stop)
+    if low < high:
+        out[low - first.start : high - first.start] = block[(slice(low - start, high - start), *others)]
 
 
-def _touched(bounds: Bounds, chunks: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Cut, Cut]]:
+def _touched(bounds: Bounds, chunks: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Slices, Slices]]:
     """Per chunk that the bounds touch: its key, the part of the chunk, and the part of the result that it fills."""
 
     def along(start: int, stop: int, size: int) -> Iterator[tuple[int, slice, slice]]:

@@ -23,6 +23,7 @@ class EngineConfig:
       prefill_ticks: prefill ticks between two decode blocks while something decodes; None grows with max_batch, so that
         slots are refilled as fast as they fall free.
       max_context: prompt and output tokens of one request; None takes the model's.
+      load_threads: threads of each process that read the checkpoint; None takes its cores, at most 8.
       seed: of requests that bring none.
     """
 
@@ -37,10 +38,11 @@ class EngineConfig:
     prefill_chunk: int = 512
     prefill_ticks: int | None = None
     max_context: int | None = None
+    load_threads: int | None = None
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("max_batch", "page_size", "decode_steps", "prefill_chunk", "prefill_ticks"):
+        for name in ("max_batch", "page_size", "decode_steps", "prefill_chunk", "prefill_ticks", "load_threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 1")
         if self.pages is not None and self.pages < 2:

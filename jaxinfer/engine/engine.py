@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from jaxinfer.checkpoint.load import load
+from jaxinfer.checkpoint.load import default_threads, load
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.engine.config import EngineConfig
@@ -34,7 +34,7 @@ from jaxinfer.tokenizer import load_tokenizer
 class Engine:
     """Loads a checkpoint onto a mesh and turns requests into tokens: `add`, then `step` while `has_unfinished`.
 
-    `loading` is told (bytes placed so far, bytes in all) while this process's weights load; `beat` where it is: phase,
+    `loading` is told (bytes read so far, bytes in all) while this process's weights load; `beat` where it is: phase,
     step, and whether it is inside JAX, which may wait for other processes.
 
     Raises:
@@ -254,16 +254,9 @@ class Engine:
         stats.preemptions = scheduler.preemptions
 
     def _load(self, decoder: Decoder, rules: Rules, loading: Callable[[int, int], None]) -> Any:
-        began, done = time.perf_counter(), 0
-        total = self.memory.weights * len(jax.local_devices()[: self.mesh.size])
-
-        def loaded(size: int) -> None:
-            nonlocal done
-            done += size
-            loading(min(done, total), total)
-
-        reader = Reader(self.path, self.manifest)
-        params = load(reader.read, decoder.parameters(), self.mesh, rules, np.dtype(self.dtype), loaded)
+        began, reader = time.perf_counter(), Reader(self.path, self.manifest)
+        threads = self.config.load_threads or default_threads()
+        params = load(reader, decoder.parameters(), self.mesh, rules, np.dtype(self.dtype), threads, loading)
         self.stats.load_seconds = time.perf_counter() - began
         self.stats.load_bytes = reader.bytes_read
         # a decode tick reads every weight on the device, but of an untied embedding only a row per sequence

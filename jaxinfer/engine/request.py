@@ -65,7 +65,7 @@ class Update:
 class Stats:
     """Counts over the engine's life. Bytes are per device; stage-ticks count every stage in every tick."""
 
-    load_seconds: float = 0.0
+    load_seconds: float = 0.0  # until this process's weights are on its devices
     load_bytes: int = 0  # read by this process
     prefill_dispatches: int = 0
     decode_dispatches: int = 0

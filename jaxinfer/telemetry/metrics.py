@@ -70,6 +70,7 @@ class RunMetrics:
             "prompt_tokens": self._prompt_tokens,
             "output_tokens": self._output_tokens,
             "wall_s": wall,
+            "load_bytes_per_s": _share(stats["load_bytes"], stats["load_seconds"]),
             "output_tokens_per_s": self._output_tokens / wall,
             "total_tokens_per_s": (self._prompt_tokens + self._output_tokens) / wall,
             "ttft_s": percentiles(self._ttft),
@@ -120,7 +121,7 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
         ("pipeline bubble", _percent(summary["bubble_share"], summary["steady_bubble_share"])),
         ("decode bandwidth", _bandwidth(summary)),
         ("preemptions", f"{engine['preemptions']:,}"),
-        ("load", f"{engine['load_bytes'] / 1e9:.3f} GB in {engine['load_seconds']:.2f} s"),
+        ("load", _load(summary)),
     ]
     return lines
 
@@ -135,6 +136,12 @@ def _percent(share: float | None, steady: float | None) -> str:
     if share is None:
         return "-"
     return f"{share:.1%} of stage-ticks idle" + ("" if steady is None else f", {steady:.1%} in steady decode")
+
+
+def _load(summary: Mapping[str, Any]) -> str:
+    engine, rate = summary["engine"], summary["load_bytes_per_s"]
+    text = f"{engine['load_bytes'] / 1e9:.3f} GB in {engine['load_seconds']:.2f} s"
+    return text if rate is None else f"{text} ({rate / 1e9:.1f} GB/s)"
 
 
 def _bandwidth(summary: Mapping[str, Any]) -> str:
