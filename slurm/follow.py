@@ -64,21 +64,21 @@ def follow(job: str, outputs: list[Path], total: int, poll_s: float) -> jobs.Sta
                 if failures == QUIET:
                     raise
                 print(f"job {job}: {error}", file=sys.stderr)
+            for each in results:
+                each.read()
+            before = done, tokens
+            done, tokens = sum(each.lines for each in results), sum(each.tokens for each in results)
+            if bar is not None:
+                bar.update(done - before[0], tokens - before[1])
             if state != last:
                 if bar is not None:
                     bar.close()
                     bar = None
                 print(f"job {job}: {state}", file=sys.stderr, flush=True)
                 last = state
-            for each in results:
-                each.read()
-            before = done, tokens
-            done, tokens = sum(each.lines for each in results), sum(each.tokens for each in results)
             if bar is None and state.name == "RUNNING":
                 bar = Progress("results", "lines", total)
                 bar.update(done)
-            elif bar is not None:
-                bar.update(done - before[0], tokens - before[1])
             if state.ended or state.name == "UNKNOWN":
                 return state
             time.sleep(poll_s)

@@ -172,7 +172,7 @@ def _follow(run: Path, poll_s: float) -> int:
         print(f"\njob {job} goes on. Follow it: python -m {PROGRAM} --follow {run}   end it: scancel {job}",
               file=sys.stderr)  # fmt: skip
         return 130
-    _account(run, job)
+    state = _account(run, job, state)
     complete = _merge(run, told, outputs) if told["shards"] else _complete(run, outputs[0], told)
     _draw(run, [path for path in outputs if path.exists()])
     if state.name not in ("COMPLETED", "UNKNOWN") or not complete:
@@ -195,11 +195,16 @@ def _outputs(run: Path, count: int | None) -> list[Path]:
     return [run / "out.jsonl"] if count is None else [run / "parts" / f"{shard}.jsonl" for shard in range(count)]
 
 
-def _account(run: Path, job: str) -> None:
+def _account(run: Path, job: str, state: jobs.State) -> jobs.State:
+    """Keeps the accounting; the state from there if the queue has forgotten the job."""
     try:
-        _write(run / "sacct.json", jobs.accounting(job))
+        records = jobs.accounting(job)
     except jobs.SlurmError as error:
         print(f"{PROGRAM}: WARNING: no accounting: {error}", file=sys.stderr)
+        return state
+    _write(run / "sacct.json", records)
+    # "CANCELLED by 1000" has more than the name; the records are in the order of the attempts
+    return state if state.ended else jobs.State(records[0]["State"].split()[0])
 
 
 def _merge(run: Path, told: dict[str, Any], parts: list[Path]) -> bool:
