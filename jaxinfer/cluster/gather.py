@@ -1,15 +1,14 @@
 """The processes of a run meet at process 0 over plain TCP, without JAX: for programs that ask whether JAX can start.
 
-Messages are JSON behind four bytes of length. Who does not know the run is refused, and every wait has a bound.
+Who does not know the run is refused, and every wait has a bound.
 """
 
-import json
 import socket
-import struct
 import threading
 import time
 from typing import Any
 
+from jaxinfer.cluster.frames import receive, send
 from jaxinfer.cluster.launch import Launch
 from jaxinfer.cluster.slurm import ClusterError
 
@@ -49,7 +48,7 @@ class Meeting:
         values = [value] + [None] * (self.launch.num_processes - 1)
         for process in sorted(self._peers):
             try:
-                values[process] = _receive(self._peers[process], deadline, LONGEST)
+                values[process] = receive(self._peers[process], deadline, LONGEST)
             except TimeoutError:
                 self._drop(process, f"sent nothing in {timeout_s:.0f} s: stuck")
             except (OSError, ValueError) as error:
@@ -65,12 +64,12 @@ class Meeting:
         deadline = time.monotonic() + timeout_s
         if self.launch.process_id:
             try:
-                return _receive(self._peers[0], deadline, LONGEST)
+                return receive(self._peers[0], deadline, LONGEST)
             except (OSError, ValueError) as error:
                 raise ClusterError(self._host_gone(error, timeout_s)) from None
         for process in sorted(self._peers):
             try:
-                _send(self._peers[process], value, deadline)
+                send(self._peers[process], value, deadline)
             except OSError as error:
                 self._drop(process, f"ended too early ({error})")
         return value
@@ -82,7 +81,7 @@ class Meeting:
 
     def _to_host(self, value: Any, timeout_s: float) -> None:
         try:
-            _send(self._peers[0], value, time.monotonic() + timeout_s)
+            send(self._peers[0], value, time.monotonic() + timeout_s)
         except OSError as error:
             raise ClusterError(self._host_gone(error, timeout_s)) from None
 
@@ -149,15 +148,15 @@ def _admit(meeting: Meeting, lock: threading.Lock, peer: socket.socket, address:
     launch, name = meeting.launch, address.removeprefix("::ffff:")
     try:
         deadline = time.monotonic() + HELLO_SECONDS
-        hello = _receive(peer, deadline, LONGEST_HELLO)
+        hello = receive(peer, deadline, LONGEST_HELLO)
         name = f"rank {hello['process']} on {hello['host']} ({name})"
         reason = _objection(launch, hello)
-        _send(peer, {"refused": reason}, deadline)
+        send(peer, {"refused": reason}, deadline)
         if not reason:
             for _ in range(PINGS):
-                _receive(peer, deadline, LONGEST_HELLO)
-                _send(peer, time.time(), deadline)
-            _receive(peer, deadline, LONGEST_HELLO)
+                receive(peer, deadline, LONGEST_HELLO)
+                send(peer, time.time(), deadline)
+            receive(peer, deadline, LONGEST_HELLO)
     except (OSError, ValueError, KeyError, TypeError):
         reason = "no process of this run: it does not speak as one"
     with lock:
@@ -194,17 +193,16 @@ def _reach_host(meeting: Meeting, timeout_s: float) -> None:
             peer = socket.create_connection((launch.host, launch.port), HELLO_SECONDS)
             try:
                 deadline = time.monotonic() + HELLO_SECONDS
-                _send(peer, hello, deadline)
-                reason = _receive(peer, deadline, LONGEST_HELLO)["refused"]
+                send(peer, hello, deadline)
+                reason = receive(peer, deadline, LONGEST_HELLO)["refused"]
                 if not reason:
                     meeting.clock_s, meeting.round_trip_s = _compare_clocks(peer, deadline)
-                    _send(peer, "ready", deadline)
+                    send(peer, "ready", deadline)
                     meeting._peers[0] = peer
                     return
-            except BaseException:
-                peer.close()
-                raise
-            peer.close()
+            finally:
+                if 0 not in meeting._peers:
+                    peer.close()
             raise ClusterError(f"{launch.name}: refused by rank 0 at {where}: {reason}")
         except (ValueError, KeyError, TypeError):
             raise ClusterError(
@@ -213,10 +211,10 @@ def _reach_host(meeting: Meeting, timeout_s: float) -> None:
             ) from None
         except OSError as error:
             if time.monotonic() - began > timeout_s:
-                found = addresses(launch.host)
+                found = ", ".join(addresses(launch.host)) or "no known name"
                 raise ClusterError(
                     f"{launch.name}: rank 0 at {where} not reached in {timeout_s:.0f} s: {error} ({launch.host} is "
-                    f"{', '.join(found) or 'no known name'} here; does rank 0 run there? is the port open between nodes?)"
+                    f"{found} here; does rank 0 run there? do the nodes reach each other's ports?)"
                 ) from None
             time.sleep(RETRY_SECONDS)
 
@@ -225,8 +223,8 @@ def _compare_clocks(peer: socket.socket, deadline: float) -> tuple[float, float]
     best = (0.0, float("inf"))
     for _ in range(PINGS):
         sent, began = time.time(), time.perf_counter()
-        _send(peer, "time", deadline)
-        theirs = _receive(peer, deadline, LONGEST_HELLO)
+        send(peer, "time", deadline)
+        theirs = receive(peer, deadline, LONGEST_HELLO)
         trip = time.perf_counter() - began
         # the shortest trip is the one that was held up least
         if trip < best[1]:
@@ -240,35 +238,3 @@ def addresses(host: str) -> list[str]:
         return sorted({str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
     except OSError:
         return []
-
-
-def _send(peer: socket.socket, value: Any, deadline: float) -> None:
-    data = json.dumps(value).encode()
-    peer.settimeout(_left(deadline))
-    peer.sendall(struct.pack("!I", len(data)) + data)
-
-
-def _receive(peer: socket.socket, deadline: float, longest: int) -> Any:
-    """Raises ValueError for what is no message, OSError for a connection that ends, TimeoutError."""
-    (size,) = struct.unpack("!I", _read(peer, 4, deadline))
-    if size > longest:
-        raise ValueError(f"{size} bytes announced, legal is at most {longest}")
-    return json.loads(_read(peer, size, deadline))
-
-
-def _read(peer: socket.socket, size: int, deadline: float) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        peer.settimeout(_left(deadline))
-        part = peer.recv(size - len(data))
-        if not part:
-            raise ConnectionError("connection closed")
-        data += part
-    return bytes(data)
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
