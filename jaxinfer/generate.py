@@ -195,6 +195,7 @@ def execute(run: Run) -> int:
         run.say(f"WARNING: {bad:,} of {len(records):,} lines are bad and did not run")
     if bad == len(records):
         raise UserError("no line could run")
+    run.life.beat("end")
     run.life.beat("end", waits=True)
     distributed.wait_for_all(f"{PROGRAM} ends")
     distributed.leave()

@@ -28,6 +28,7 @@ FAULTS = {
     "stop-monitor": lambda: (os.kill(os.getppid(), signal.SIGSTOP), time.sleep(600)),
     "hang": lambda: time.sleep(600),
     "memory": exhaust_memory,
+    "version": lambda: None,
 }
 
 
@@ -37,10 +38,15 @@ def main() -> None:
     supervise, beat = monitor.supervise, Pulse.beat
 
     def faulty_beat(self: Pulse, now: str, step: int = 0, waits: bool = False) -> None:
+        nonlocal mine
         beat(self, now, step, waits)
-        if mine and now == phase and (now not in ("decode", "load") or step > 1):
+        if mine and now == phase and (now not in ("decode", "load") or step > 0):
+            mine = False
+            print(f"fault at {time.time()}", file=sys.stderr, flush=True)
             if fault == "raise":
                 raise RuntimeError("an error on purpose")
+            if "monitor" in fault:
+                time.sleep(1)  # for its last word of where this is
             FAULTS[fault]()
 
     def faulty_supervise(launch, limits, program, facts, work):

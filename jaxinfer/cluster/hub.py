@@ -67,14 +67,16 @@ class Hub:
                     return verdict
 
     async def end(self, verdict: Verdict, seconds: float) -> list[int]:
-        """Tells everybody; returns the ranks that have not gone after so long."""
+        """Tells everybody; returns the other ranks that have not gone after so long, or never came."""
         for member in self._members.values():
             blamed = member.rank.process_id in verdict.ranks
             member.peer.send("end", status=verdict.status, stacks=blamed and verdict.stuck)
         until = time.monotonic() + seconds
-        while time.monotonic() < until and any(not member.rank.lost for member in self._members.values()):
+        others = [member for place, member in self._members.items() if place != 0]
+        while time.monotonic() < until and not all(member.rank.lost for member in others):
             await asyncio.sleep(0.02)
-        return [place for place, member in self._members.items() if not member.rank.lost]
+        gone = {0, *(member.rank.process_id for member in others if member.rank.lost)}
+        return [place for place in range(self._launch.num_processes) if place not in gone]
 
     def _gather(self, coordinator: str) -> Verdict | None:
         count = self._launch.num_processes
@@ -162,9 +164,10 @@ class Hub:
         member = self._members[place] = Member(peer, rank, now, now)
         peer.send("here")
         self._wake.set()
-        while message := await peer.receive():
-            member.heard = time.monotonic()
-            self._take(member, message)
+        with contextlib.suppress(asyncio.CancelledError):  # at the end of this program
+            while message := await peer.receive():
+                member.heard = time.monotonic()
+                self._take(member, message)
         rank.lost = True
         self._wake.set()
 

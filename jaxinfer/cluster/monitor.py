@@ -33,6 +33,7 @@ from jaxinfer.cluster.worker import (
     run_worker,
 )
 
+LOOK_SECONDS = 0.1  # at the worker's phase
 STATE_SECONDS = 0.5
 RETRY_SECONDS = 0.2
 ANSWER_SECONDS = 5.0
@@ -121,14 +122,14 @@ class Monitor:
 
     async def _conclude(self, hub: hubs.Hub, verdict: Verdict) -> None:
         if verdict.status or verdict.text:
-            if 0 not in verdict.ranks:
-                self._kill()  # it must not print after the last line
-            else:
-                await self._finish_worker(verdict.stuck)
+            if 0 in verdict.ranks and verdict.stuck:
+                await self._print_stacks()
+            # no more of it after the last line; dead it would take JAX's coordinator along, and the others would abort
+            self._signal_worker(signal.SIGSTOP)
             self._say(verdict.text)
-        left = await hub.end(verdict, FAREWELL_SECONDS if self._launch.num_processes > 1 else 0.5)
-        others = [place for place in left if place != 0]
-        if others:
+        left = await hub.end(verdict, FAREWELL_SECONDS)
+        self._kill()
+        if left:
             await asyncio.to_thread(cancel_step, self._launch)
 
     async def _follow(self) -> int:
@@ -152,7 +153,9 @@ class Monitor:
                         peer.send("done", what=message["what"], step=message["step"])
                     case "end":
                         if self._launch.process_id != 0:
-                            await self._finish_worker(message["stacks"])
+                            if message["stacks"]:
+                                await self._print_stacks()
+                            self._kill()
                         await peer.close()
                         return message["status"]
         finally:
@@ -216,13 +219,15 @@ class Monitor:
 
     async def _report(self, peer: Peer) -> None:
         shared = self._pulse.shared
-        told = False
+        told, phase, due = False, b"", 0.0
         while not told:
             place = {"phase": shared.phase.decode(), "step": shared.step, "device": shared.device.decode()}
             if self._ended is None:
-                state = process_state(self._pid)
-                self._memory = memory_text(self._pid) or self._memory
-                peer.send("state", **place, waits=bool(shared.waits), state=state, age=time.monotonic() - shared.at)
+                if shared.phase != phase or time.monotonic() > due:
+                    phase, due = shared.phase, time.monotonic() + min(STATE_SECONDS, self._limits.dead / 4)
+                    state = process_state(self._pid)
+                    self._memory = memory_text(self._pid) or self._memory
+                    peer.send("state", **place, waits=bool(shared.waits), state=state, age=time.monotonic() - shared.at)
             else:
                 failure = shared.failure.decode(errors="replace")
                 peer.send(
@@ -235,7 +240,7 @@ class Monitor:
                 )
                 told = True
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(STATE_SECONDS, self._limits.dead / 4))
+                await asyncio.wait_for(self._changed.wait(), LOOK_SECONDS)
             self._changed.clear()
         while True:  # the worker is done; the rank is still there
             await asyncio.sleep(STATE_SECONDS)
@@ -249,13 +254,12 @@ class Monitor:
         cause = "out of memory: the kernel's OOM killer took it" if killed else "by hand, by Slurm or out of memory"
         return f"{cause} ({self._memory})" if self._memory else cause
 
-    async def _finish_worker(self, stacks: bool) -> None:
-        if stacks and self._ended is None:
+    async def _print_stacks(self) -> None:
+        if self._ended is None:
             self._say(f"{self._launch.name}: the stacks of its process:")
             self._signal_worker(STACKS_SIGNAL)
             self._signal_worker(signal.SIGCONT)  # one that is stopped prints them when it goes on
             await asyncio.sleep(STACKS_SECONDS)
-        self._kill()
 
     def _kill(self) -> None:
         self._signal_worker(signal.SIGKILL)
