@@ -4,6 +4,7 @@ Who does not know the run is refused, and every wait has a bound.
 """
 
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from jaxinfer.cluster.slurm import ClusterError
 
 HELLO_SECONDS = 5.0  # for a stranger that says nothing
 RETRY_SECONDS = 0.2
+QUIET_SECONDS = 5.0  # that process 0 waits before it says for whom
 POLL_SECONDS = 0.1
 PINGS = 8
 LONGEST_HELLO, LONGEST = 1 << 12, 1 << 26
@@ -129,10 +131,14 @@ def _receive_peers(meeting: Meeting, timeout_s: float) -> None:
             f"{launch.name}: port {launch.port} cannot be used: {error.strerror}; another program has it: end it, or "
             "choose another port"
         ) from None
-    lock = threading.Lock()
+    lock, said = threading.Lock(), False
     server.settimeout(POLL_SECONDS)
     with server:
         while len(meeting._peers) < launch.num_processes - 1 and time.monotonic() < deadline:
+            if not said and time.monotonic() > deadline - timeout_s + QUIET_SECONDS:
+                absent = [str(each) for each in range(1, launch.num_processes) if each not in meeting._peers]
+                print(f"{launch.name}: waiting for rank {', '.join(absent)}", file=sys.stderr, flush=True)
+                said = True
             try:
                 connection, address = server.accept()
             except TimeoutError:

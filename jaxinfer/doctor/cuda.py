@@ -26,7 +26,13 @@ def check_cuda(env: Mapping[str, str], gpus: int, container: str) -> tuple[list[
         return [*_no_driver(in_kernel, given, container, plugins)], facts
     findings = [ok("driver", f"libcuda.so.1 is there, for CUDA up to {facts['driver_cuda']}")]
     if not gpus:
-        if given:
+        facts["no_nvml"] = not _loads("libnvidia-ml.so.1")
+        if facts["no_nvml"]:
+            what = "libnvidia-ml.so.1 cannot be loaded: nothing can be said about GPUs beforehand"
+            findings.append(
+                warning("GPUs", what, "it belongs to the driver, beside libcuda.so.1; in a container: --nv")
+            )
+        elif given:
             what = f"Slurm gave GPUs ({given}), but none is visible"
             findings.append(error("GPUs", what, "look at CUDA_VISIBLE_DEVICES and --gpu-bind; ask the administrators"))
         else:
@@ -45,6 +51,14 @@ def driver_version() -> int | None:
         return version.value if library.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
     except (OSError, AttributeError):
         return None
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def plugin_versions() -> dict[str, str]:
@@ -89,13 +103,13 @@ def _given(env: Mapping[str, str]) -> str:
 
 
 def _no_driver(in_kernel: bool, given: str, container: str, plugins: Mapping[str, str]) -> list[Finding]:
+    evidence = f"Slurm gave GPUs ({given})" if given else "NVIDIA's kernel driver runs on this node"
+    what = f"libcuda.so.1 is missing in the container, but {evidence}"
     if container == "Apptainer" and (in_kernel or given):
-        what = "libcuda.so.1 is missing in the container, though this node has GPUs"
         return [
             error("driver", what, "apptainer exec --nv ...; inside, LD_LIBRARY_PATH must keep /.singularity.d/libs")
         ]
     if container and (in_kernel or given):
-        what = "libcuda.so.1 is missing in the container, though this node has GPUs"
         return [error("driver", what, "docker run --gpus all ... (NVIDIA container toolkit)")]
     if in_kernel:
         what = "NVIDIA's kernel driver runs, but libcuda.so.1 is not found"

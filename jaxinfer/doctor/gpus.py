@@ -110,7 +110,10 @@ def gpu_findings(gpus: Sequence[Mapping[str, Any]], own: Sequence[int]) -> list[
     if absent:
         what = f"this rank was given GPU {absent[0]} of the visible ones, but only {len(gpus)} are visible"
         return [error("GPUs", what, "look at CUDA_VISIBLE_DEVICES and --gpu-bind")]
-    findings = []
+    if not gpus:
+        return []
+    mine = "all" if len(own) == len(gpus) else ", ".join(str(gpus[index]["index"]) for index in own)
+    findings = [ok("GPUs", f"{len(gpus)} visible, of them this rank's: {mine}")]
     for gpu in (gpus[index] for index in own):
         findings += _one(gpu)
     links = sorted({link for gpu in gpus for link in gpu["peers"].values()})
