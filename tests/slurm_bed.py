@@ -215,7 +215,9 @@ def testbed(name: str, *options: str) -> Iterator[Bed]:
             "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
             "JAX_PLATFORMS": "cpu",
-            "NPROC": "32",  # a smaller thread pool deadlocks with several devices in a process
+            # with conftest's folder: ranks and tests share what one of them compiled
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "NPROC": "16",  # four for each CPU device of a process: with fewer, collectives can deadlock
         }
         bed = Bed(name, folder, env)
         yield bed
