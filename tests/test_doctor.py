@@ -637,3 +637,16 @@ def test_under_srun(slurm_bed, checkpoint):
     assert "no errors" in done.stdout and "on 4 ranks" in done.stdout.splitlines()[-1]
     assert "all-reduce: 4 devices (cpu)" in done.stdout
     assert not slurm_bed.stray()
+
+
+@pytest.mark.slurm
+def test_job_script(slurm_bed, checkpoint, tmp_path):
+    settings = {"MODEL": str(checkpoint), "RUN": str(tmp_path / "run"), "PYTHON": sys.executable}
+    options = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G", f"--output={tmp_path}/log"]
+    job = slurm_bed.sbatch(ROOT / "slurm" / "doctor.sh", options, env=settings, cwd=ROOT)
+    state = slurm_bed.wait(job, timeout=120)
+    log = (tmp_path / "log").read_text()
+    assert state == "COMPLETED" and "no errors" in log and "on 2 ranks" in log, log
+    answer = json.loads((tmp_path / "run" / "answer.json").read_text())
+    assert answer["errors"] == 0 and len(answer["ranks"]) == 2
+    assert len(list((tmp_path / "run" / "logs").iterdir())) == 2
