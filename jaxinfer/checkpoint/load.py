@@ -40,6 +40,22 @@ def local_piece(
     return Piece(local_shape(parameter, rules, sizes), np.dtype(dtype), parameter.in_dims, cut, owner)
 
 
+def local_pieces(parameters: Any, mesh: Mesh, rules: Rules, dtype: Any) -> list[Piece]:
+    """What this process's devices hold of each parameter; the owner is (number of the parameter, devices)."""
+    sizes = mesh_sizes(mesh)
+    coords_of = {device: dict(zip(AXES, where)) for where, device in np.ndenumerate(mesh.devices)}
+    pieces = []
+    for number, parameter in enumerate(_flat(parameters)[0]):
+        sharding, shape = NamedSharding(mesh, partition_spec(parameter, rules)), global_shape(parameter, rules, sizes)
+        holders: dict[str, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            holders.setdefault(str(index), []).append(device)
+        for devices in holders.values():
+            coords = coords_of[devices[0]]
+            pieces.append(local_piece(parameter, rules, sizes, coords, dtype, (number, devices)))
+    return pieces
+
+
 def load(
     reader: Reader,
     parameters: Any,
@@ -56,19 +72,7 @@ def load(
     keeps the host's arrays as its own, without a copy.
     """
     sizes = mesh_sizes(mesh)
-    declared, tree = jax.tree.flatten(parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
-    shardings = [NamedSharding(mesh, partition_spec(parameter, rules)) for parameter in declared]
-    shapes = [global_shape(parameter, rules, sizes) for parameter in declared]
-    coords_of = {device: dict(zip(AXES, where)) for where, device in np.ndenumerate(mesh.devices)}
-    pieces = []
-    for number, (parameter, sharding, shape) in enumerate(zip(declared, shardings, shapes)):
-        holders: dict[str, list[jax.Device]] = {}
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            holders.setdefault(str(index), []).append(device)
-        pieces += [
-            local_piece(parameter, rules, sizes, coords_of[devices[0]], dtype, (number, devices))
-            for devices in holders.values()
-        ]
+    declared, tree = _flat(parameters)
     placed: list[list[jax.Array]] = [[] for _ in declared]
 
     def place(piece: Piece, array: np.ndarray) -> None:
@@ -78,6 +82,12 @@ def load(
         # the transfer must be over before the host array is dropped, or arrays would pile up
         placed[number] += jax.block_until_ready(arrays)
 
-    fill(reader, pieces, place, threads, loading)
+    fill(reader, local_pieces(parameters, mesh, rules, dtype), place, threads, loading)
+    shapes = [global_shape(parameter, rules, sizes) for parameter in declared]
+    shardings = [NamedSharding(mesh, partition_spec(parameter, rules)) for parameter in declared]
     arrays = map(jax.make_array_from_single_device_arrays, shapes, shardings, placed)
     return jax.tree.unflatten(tree, arrays)
+
+
+def _flat(parameters: Any) -> tuple[list[Parameter], Any]:
+    return jax.tree.flatten(parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
