@@ -21,7 +21,7 @@ from jaxinfer.cluster.gather import meet
 from jaxinfer.cluster.launch import Launch
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.doctor import compare
-from jaxinfer.doctor.cuda import plugin_findings
+from jaxinfer.doctor.cuda import platform_findings, plugin_findings
 from jaxinfer.doctor.files import check_checkpoint, check_folder, file_system
 from jaxinfer.doctor.finding import Report, bounded, error, ok
 from jaxinfer.doctor.gpus import _select, gpu_findings
@@ -278,6 +278,11 @@ def test_cuda_visible_devices():
 def test_plugin(plugins, driver, level, text):
     (line,) = plugin_findings(plugins, "0.10.2", driver)
     assert line.level == level and text in line.text
+
+
+def test_platform():
+    assert platform_findings("", 2) == platform_findings("", 0) == platform_findings("cpu", 0) == []
+    assert platform_findings("cuda", 0)[0].level == "error" and platform_findings("cpu", 2)[0].level == "warning"
 
 
 def test_memory_limit(tmp_path):

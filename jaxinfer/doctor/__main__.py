@@ -179,8 +179,12 @@ def _together(args: argparse.Namespace, where: Launch, meeting: Meeting, report:
         lines = merge(reports, [*common, *refused_peers(meeting.refused), *lost])
         print_answer(reports, lines, where.num_processes)
         status = int(any(line.finding.level == ERROR for line in lines))
-        if args.json:
-            write_answer(args.json, reports, lines, results)
+        try:
+            if args.json:
+                write_answer(args.json, reports, lines, results)
+        except OSError as problem:
+            sys.stderr.write(f"jaxinfer.doctor: error: --json {args.json}: {problem.strerror}\n")
+            status = 1
     return meeting.share(status, MARGIN_SECONDS)
 
 

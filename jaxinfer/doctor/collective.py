@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import attrs
 from jaxinfer.cluster.fabric import Nccl, parse_nccl
 from jaxinfer.cluster.launch import Launch
 
+EVENTS = ("nothing", "start", "joined", "devices", "small", "large", "done")  # of the probe, in order
 LAST = 600  # characters of what the probe said before it failed
 
 
@@ -52,8 +54,8 @@ def _environment(env: Mapping[str, str], folder: Path, on_gpu: bool) -> dict[str
     ours |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     # nothing of the probe needs to be found in the cache again, and reading it may hang
     given = {name: value for name, value in env.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    if not on_gpu:
-        ours.setdefault("JAX_PLATFORMS", "cpu")
+    if not on_gpu:  # else JAX would look for devices of all kinds
+        given.setdefault("JAX_PLATFORMS", "cpu")
     return {**given, **ours}
 
 
@@ -80,10 +82,11 @@ def _result(folder: Path, status: int | None, state: str, limit_s: float) -> dic
     for line in (folder / "out").read_text(errors="replace").splitlines():
         try:
             event = json.loads(line)
-            result["last"] = event.pop("event")
-            result[result["last"]] = event
+            name = event.pop("event")
         except (ValueError, AttributeError, KeyError, TypeError):
             continue  # of a library that prints
+        if name in EVENTS:
+            result |= {"last": name, name: event}
     said = (folder / "err").read_text(errors="replace").strip()
     if status is None:
         how = {"T": "its process is stopped", "D": "it waits for a disk or driver"}.get(state, "it waits")
@@ -99,10 +102,11 @@ def _result(folder: Path, status: int | None, state: str, limit_s: float) -> dic
 
 
 def _reason(said: str) -> str:
-    """The line that tells most: the last that names an error, else the last."""
+    """The line that tells most: one that a library aborted with, else the last that names an error, else the last."""
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
-    telling = [line for line in lines if "Error" in line or "ERROR" in line or "rror:" in line]
-    return (telling or lines)[-1][-LAST:]
+    fatal = [line for line in lines if re.match(r"F\d{4}", line)]
+    errors = [line for line in lines if "Error" in line or "ERROR" in line or "error:" in line]
+    return (fatal or errors or lines)[-1][-LAST:]
 
 
 def merge_nccl(logs: Sequence[Mapping[str, Any]]) -> Nccl:

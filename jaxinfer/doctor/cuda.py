@@ -22,9 +22,10 @@ def check_cuda(env: Mapping[str, str], gpus: int, container: str) -> tuple[list[
     in_kernel = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
     given = _given(env)
     facts = {"driver_cuda": driver and f"{driver // 1000}.{driver % 1000 // 10}", "plugins": plugins}
+    findings = platform_findings(env.get("JAX_PLATFORMS", ""), gpus)
     if driver is None:
-        return [*_no_driver(in_kernel, given, container, plugins)], facts
-    findings = [ok("driver", f"libcuda.so.1 is there, for CUDA up to {facts['driver_cuda']}")]
+        return [*findings, *_no_driver(in_kernel, given, container, plugins)], facts
+    findings += [ok("driver", f"libcuda.so.1 is there, for CUDA up to {facts['driver_cuda']}")]
     if not gpus:
         facts["no_nvml"] = not _loads("libnvidia-ml.so.1")
         if facts["no_nvml"]:
@@ -95,6 +96,16 @@ def plugin_findings(plugins: Mapping[str, str], jaxlib: str, driver: int) -> lis
             error("plugin", what, f"pip uninstall {name} jax-cuda{major}-pjrt; pip install 'jaxinfer[cuda{driver}]'")
         ]
     return [ok("plugin", f"{name} {version} fits jaxlib and the driver")]
+
+
+def platform_findings(platforms: str, gpus: int) -> list[Finding]:
+    """What JAX_PLATFORMS asks for, against the GPUs that are there."""
+    first, fix = platforms.partition(",")[0], "unset JAX_PLATFORMS"
+    if first in ("cuda", "gpu") and not gpus:
+        return [error("platform", f"JAX_PLATFORMS={platforms}, but no GPU is visible: JAX does not start", fix)]
+    if first == "cpu" and gpus:
+        return [warning("platform", f"JAX_PLATFORMS={platforms}: the GPUs stay idle", fix)]
+    return []
 
 
 def _given(env: Mapping[str, str]) -> str:

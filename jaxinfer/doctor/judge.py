@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxinfer.cluster.fabric import Nccl
+from jaxinfer.doctor.collective import EVENTS
 from jaxinfer.doctor.finding import Finding, error, ok, warning
 
 LOOK_AT = (
@@ -11,7 +12,6 @@ LOOK_AT = (
     "(NCCL_SOCKET_IFNAME=ib0 or the like); NCCL_IB_DISABLE=1, NCCL_P2P_DISABLE=1 and NCCL_NVLS_ENABLE=0 one by one; "
     "more time: --timeout-s"
 )
-ORDER = ("nothing", "start", "joined", "devices", "small", "large", "done")
 
 
 def collective_findings(results: Sequence[Mapping[str, Any] | None], names: Sequence[str], gpus: bool) -> list[Finding]:
@@ -21,8 +21,8 @@ def collective_findings(results: Sequence[Mapping[str, Any] | None], names: Sequ
     hung = [(name, result) for name, result in here if result["end"] == "hung"]
     if hung:
         stopped = [each for each in hung if "stopped" in each[1]["why"]]
-        least = min(ORDER.index(result["last"]) for _, result in hung)
-        blamed = failed or stopped or [each for each in hung if ORDER.index(each[1]["last"]) == least]
+        least = min(EVENTS.index(result["last"]) for _, result in hung)
+        blamed = failed or stopped or [each for each in hung if EVENTS.index(each[1]["last"]) == least]
         who = "; ".join(f"{name}: {result['why']}" for name, result in blamed[:4])
         more = f"; and {len(blamed) - 4} more" if len(blamed) > 4 else ""
         what = f"hangs: of {len(names)} ranks {len(hung)} were not done; {who}{more}"
