@@ -21,7 +21,7 @@ class PlotError(RuntimeError):
 
 @attrs.frozen
 class Run:
-    """Seconds and counts of each result; `metrics` is None where the run has not written them."""
+    """Seconds and counts of each result; `metrics` is None where the run has not ended."""
 
     name: str
     ttft: np.ndarray
@@ -54,9 +54,10 @@ def read_run(path: Path, name: str) -> Run:
     try:
         metrics = json.loads((path.parent / f"{path.name.removesuffix('.jsonl')}.metrics.json").read_bytes())
     except (OSError, ValueError):
-        metrics = None
+        metrics = {}
     ttft, latency, tokens = np.array(rows, np.float64).T
-    return Run(name, ttft, latency, tokens, errors, metrics)
+    # a run that was killed leaves the number of unfinished requests alone
+    return Run(name, ttft, latency, tokens, errors, metrics if "wall_s" in metrics else None)
 
 
 def phases(metrics: dict[str, Any]) -> dict[str, float]:
@@ -152,7 +153,7 @@ def _times(axes: Any, runs: list[Run]) -> None:
     axes.set_title("Where the time went, in the last attempt")
     if not measured:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "no metrics file beside the output yet", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "the run has not ended: no figures yet", ha="center", transform=axes.transAxes)
         return
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds")

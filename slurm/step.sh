@@ -21,7 +21,7 @@ run_step() {
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append \
     --output="$LOGS/rank-%t-%N.log" "$@" &
   srun=$!
-  if [ -n "$stopped" ]; then kill -s "$stopped" "$srun"; fi
+  if [ "$stopped" = USR1 ]; then pass_on & fi
   while true; do
     interrupted=
     wait "$srun" && status=0 || status=$?
@@ -35,7 +35,11 @@ run_step() {
 stop() {
   stopped=$1 interrupted=1
   echo "$(date +%FT%T) $1: stopping, what is finished stays"
-  if [ "$1" = USR1 ] && [ -n "$srun" ]; then kill -s USR1 "$srun" || true; fi
+  if [ "$1" = USR1 ] && [ -n "$srun" ]; then pass_on & fi
+}
+
+pass_on() { # again and again: an srun whose tasks do not run yet swallows it
+  while kill -s USR1 "$srun" 2>/dev/null; do sleep 1; done
 }
 
 work_left() { # after exit status $1; 138: killed by USR1, which came before the program could take it

@@ -252,7 +252,7 @@ def _show_success(run: Path, job: str, outputs: list[Path]) -> None:
             metrics = json.loads((output.parent / f"{output.stem}.metrics.json").read_bytes())
         except (OSError, ValueError):
             continue
-        tokens, seconds = tokens + metrics["output_tokens"], max(seconds, metrics["wall_s"])
+        tokens, seconds = tokens + metrics.get("output_tokens", 0), max(seconds, metrics.get("wall_s", 0))
     rate = f": {tokens:,.0f} tokens, {tokens / seconds:,.0f} per second in the last attempt" if seconds else ""
     print(f"job {job} is complete{rate}\n{run}:", file=sys.stderr)
     for path in sorted(run.iterdir()):

@@ -1,14 +1,18 @@
 """Start-up: virtual devices, the thread pool's guard, and processes that find each other or say why not."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from jaxinfer.cluster.distributed import ClusterError, initialize
+from jaxinfer.cluster.hub import listen
+from jaxinfer.cluster.launch import find_launch, missed_srun
+from jaxinfer.cluster.slurm import ClusterError
 
 PSUM = """
 import jax, numpy as np
@@ -74,67 +78,105 @@ def test_devices_cannot_change_once_jax_runs():
 @pytest.mark.parametrize("coordinator", ["node1", "node1:", "node1:x", ":5", "node1:70000"])
 def test_addresses(coordinator):
     with pytest.raises(ClusterError, match="legal is host:port"):
-        initialize(coordinator, 2, 0)
+        find_launch({}, coordinator, 2, 0)
 
 
 def test_process_id_out_of_range():
     with pytest.raises(ClusterError, match="found 2 of 2"):
-        initialize("localhost:5", 2, 2)
+        find_launch({}, "localhost:5", 2, 2)
 
 
-def test_absent_coordinator_is_named():
-    port = free_port()
-    with pytest.raises(ClusterError, match=f"rank 1/2 on .*127.0.0.1:{port} not reachable in 1 s.*refused"):
-        initialize(f"127.0.0.1:{port}", 2, 1, timeout_s=1)
-    with pytest.raises(ClusterError, match=r"no-such-host\.invalid:5 not reachable"):
-        initialize("no-such-host.invalid:5", 2, 1, timeout_s=0.5)
+def test_alone_without_options_or_a_step():
+    assert find_launch({}) is None
+    assert find_launch({"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
+    assert "4 tasks" in missed_srun({"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
 
 
 def test_a_port_in_use_is_refused():
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        other.bind(("", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(ClusterError, match=f"port {port} cannot be used"):
-            initialize(f"127.0.0.1:{port}", 2, 0)
+    with socket.create_server(("", 0)) as other, pytest.raises(ClusterError, match="cannot be used: Address already"):
+        listen(other.getsockname()[1], "rank 0")
 
 
-JOIN = """
-import sys, time
+WORK = """
+import os, signal, time
 from jaxinfer.cluster.cpu import use_virtual_devices
-from jaxinfer.cluster.distributed import initialize, run
+from jaxinfer.cluster.distributed import initialize, leave
+from jaxinfer.cluster.launch import find_launch
+from jaxinfer.cluster.monitor import supervise
+from jaxinfer.cluster.pulse import Limits
 rank = {rank}
-def main():
+launch = find_launch({{}}, "{address}", 2, rank)
+def work(pulse, where):
+    pulse.beat("start", waits=True)
     use_virtual_devices(2)
-    initialize("127.0.0.1:{port}", 2, rank, heartbeat_s=10)
+    initialize(launch, where, 100)
     print(total(), flush=True)
     {then}
+    leave()
+    return 0
+supervise(launch, Limits(**{limits}), "test", {{}}, work)
 """
 
 
-def join(port: int, rank: int, then: str = "") -> subprocess.Popen:
+def rank(address: str, number: int, then: str = "", **limits: float) -> subprocess.Popen:
     # a proxy that does not exist: start-up must not go through it
-    code = PSUM + JOIN.format(port=port, rank=rank, then=then) + "\nrun(main, rank)"
+    code = PSUM + WORK.format(address=address, rank=number, then=then, limits=limits)
     return python(code, http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
 
 
 def test_two_processes_meet_and_part():
-    port = free_port()
-    late = join(port, 1)
+    address = f"127.0.0.1:{free_port()}"
+    late = rank(address, 1)
     time.sleep(1)  # rank 1 asks before rank 0 listens
-    both = [finished(join(port, 0)), finished(late)]
+    both = [finished(rank(address, 0)), finished(late)]
     assert [status for status, _, _ in both] == [0, 0], both
     assert all(out.endswith("6\n") for _, out, _ in both), both  # the collectives' library prints before it
 
 
+def test_absent_coordinator_is_named():
+    address = f"127.0.0.1:{free_port()}"
+    status, _, err = finished(rank(address, 1, start=1))
+    assert status == 2
+    assert f"rank 1/2 on {socket.gethostname()}: coordinator {address} not reachable in 1 s: " in err
+    assert "no-such-host.invalid:5 not reachable" in finished(rank("no-such-host.invalid:5", 1, start=0.5))[2]
+
+
 @pytest.mark.slow
 def test_an_exception_ends_all_and_says_who():
-    port = free_port()
-    began = time.monotonic()
-    waits = join(port, 0, "time.sleep(300)")
-    status, _, err = finished(join(port, 1, "raise RuntimeError('lost it')"))
+    address = f"127.0.0.1:{free_port()}"
+    waits = rank(address, 0, "time.sleep(300)")
+    status, _, err = finished(rank(address, 1, "raise RuntimeError('lost it')"))
     assert status == 1
     assert f"[rank 1 {socket.gethostname()}] RuntimeError: lost it" in err
-    assert finished(waits)[0] != 0
-    assert time.monotonic() - began < 60
+    status, _, err = finished(waits)
+    assert status == 1
+    assert err.splitlines()[-1] == f"test: rank 1/2 on {socket.gethostname()} failed in start: RuntimeError: lost it"
+
+
+@pytest.mark.slow
+def test_the_end_of_process_0_ends_the_others():
+    address = f"127.0.0.1:{free_port()}"
+    waits = rank(address, 1, "time.sleep(300)")
+    assert finished(rank(address, 0, "os.kill(os.getppid(), signal.SIGKILL); time.sleep(300)"))[0] == -signal.SIGKILL
+    status, _, err = finished(waits)
+    assert status == 1
+    assert "lost rank 0 on 127.0.0.1 in start, step 0: its process or its node is gone, or stopped" in err
+
+
+@pytest.mark.slow
+def test_suspended_all_together_is_not_dead():
+    """As ``scontrol suspend`` does: longer than any bound."""
+    address = f"127.0.0.1:{free_port()}"
+    both = [rank(address, each, "print('here', flush=True); time.sleep(6)", dead=1.5, stuck=8) for each in (0, 1)]
+    for each in both:
+        while each.stdout.readline() != "here\n":
+            pass
+    processes = [every for each in both for every in (psutil.Process(each.pid), *psutil.Process(each.pid).children())]
+    assert len(processes) == 4
+    for each in processes:
+        each.suspend()
+    time.sleep(9)
+    for each in processes:
+        each.resume()
+    ends = [finished(each) for each in both]
+    assert [status for status, _, _ in ends] == [0, 0], ends

@@ -121,7 +121,7 @@ def test_checkpoint_that_one_node_does_not_see(slurm_bed, checkpoint, tmp_path):
 def test_damaged_shard(slurm_bed, checkpoint, tmp_path, damage, text):
     copy = tmp_path / "ckpt"
     shutil.copytree(checkpoint, copy)
-    name = next(name for name in read_manifest(copy).files if "layers.1." in name and "mlp" in name)  # of rank 1 only
+    name = next(name for name in read_manifest(copy).files if "layers.1.down/" in name)  # of rank 1 only
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).unlink()
@@ -152,7 +152,7 @@ def test_rank_that_never_starts(slurm_bed, checkpoint, tmp_path):
 def test_full_disk(slurm_bed, checkpoint, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    before = f"if [ $SLURM_PROCID = 0 ]; then mount -t tmpfs -o size=64k tmpfs {out}; fi"
+    before = f"if [ $SLURM_PROCID = 0 ]; then mount -t tmpfs -o size=180k tmpfs {out}; fi"
     arguments = options(checkpoint, tmp_path, "--output", out / "out.jsonl", "--logprobs", 20)
     try:
         text = r"\S+out.jsonl: No space left on device; all \d+ bytes before this result are whole.*\(rank 0/2 on node1"
@@ -191,6 +191,6 @@ def test_out_of_memory(slurm_bed, checkpoint, tmp_path, small_memory):
     command = faulty(1, "decode", "memory", *options(checkpoint, tmp_path))
     status, logs = run_two(slurm_bed, tmp_path, command, before)
     assert status == 1
-    text = r"rank 1/2 on node2 \(CPU 0: cpu\) died in decode.*SIGKILL\); out of memory: the kernel's OOM killer took it \(0\.\d+ GiB"
+    text = r"rank 1/2 on node2 .* died in decode.*SIGKILL\); out of memory: the kernel's OOM killer took it \(0\."
     assert re.search(text, logs[0].splitlines()[-1]), logs
     assert not slurm_bed.stray()

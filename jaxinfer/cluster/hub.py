@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -11,14 +12,13 @@ from typing import Any
 import attrs
 
 from jaxinfer.cluster.launch import Launch
-from jaxinfer.cluster.pulse import DRAIN, Limits, Pulse
+from jaxinfer.cluster.pulse import DRAIN, PAUSE_SECONDS, Limits, Pulse
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.verdict import Rank, Verdict, judge
 from jaxinfer.cluster.wire import LONGEST, Peer
 
 TICK_SECONDS = 0.1
 PING_SECONDS = 1.0
-PAUSE_SECONDS = 3.0  # a longer tick means that this very process was stopped: then the others' silence means nothing
 HARD_SECONDS = 5.0  # beyond the grace, for a worker that does not come to its next step
 BIND_SECONDS = 5.0  # for the port of an earlier start that is just ending
 STEPPING = ("prefill", "decode", "compile", "end")
@@ -50,6 +50,7 @@ class Hub:
         self._started = False
         self._order: tuple[int, int] | None = None
         self._refused: Verdict | None = None
+        self._refused_ranks: set[int] = set()
         self._pinged = 0.0
         self._wake = asyncio.Event()
 
@@ -75,7 +76,7 @@ class Hub:
         others = [member for place, member in self._members.items() if place != 0]
         while time.monotonic() < until and not all(member.rank.lost for member in others):
             await asyncio.sleep(0.02)
-        gone = {0, *(member.rank.process_id for member in others if member.rank.lost)}
+        gone = self._refused_ranks | {0} | {member.rank.process_id for member in others if member.rank.lost}
         return [place for place in range(self._launch.num_processes) if place not in gone]
 
     def _gather(self, coordinator: str) -> Verdict | None:
@@ -157,7 +158,8 @@ class Hub:
         if wrong:
             peer.send("here")
             peer.send("end", status=2, stacks=False)
-            self._refused = Verdict((place,), wrong, status=2)
+            self._refused = self._refused or Verdict((place,), wrong, status=2)
+            self._refused_ranks.add(place)
             self._wake.set()
             return
         now = time.monotonic()
@@ -224,7 +226,7 @@ def listen(port: int, name: str) -> socket.socket:
             return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
         except OSError as error:
             if time.monotonic() > until:
-                what = f"{name}: port {port} cannot be used: {error.strerror}"
+                what = f"{name}: port {port} cannot be used: {os.strerror(error.errno)}"
                 raise ClusterError(f"{what}; choose another (--port, or --coordinator)") from None
             time.sleep(0.2)
 

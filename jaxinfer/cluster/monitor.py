@@ -18,12 +18,12 @@ from collections.abc import Callable
 
 from jaxinfer.cluster import hub as hubs
 from jaxinfer.cluster.launch import Launch
-from jaxinfer.cluster.pulse import STOP_SIGNALS, Limits, Pulse
+from jaxinfer.cluster.pulse import PAUSE_SECONDS, STOP_SIGNALS, Limits, Pulse
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.verdict import Verdict
 from jaxinfer.cluster.wire import LONGEST, Peer
 from jaxinfer.cluster.worker import (
-    FAILED_HARD,
+    FOLLOWS,
     STACKS_SIGNAL,
     become_worker,
     end,
@@ -170,14 +170,15 @@ class Monitor:
 
     async def _next(self, peer: Peer) -> dict | None:
         """The next message; None when process 0 is gone or silent for too long."""
-        while True:
+        silent = 0.0
+        while silent <= self._limits.dead:
             began = time.monotonic()
             try:
-                return await asyncio.wait_for(peer.receive(), self._limits.dead)
+                return await asyncio.wait_for(peer.receive(), 1)
             except TimeoutError:
-                # half as long again: this process itself was stopped, and the silence was its own
-                if time.monotonic() - began < 1.5 * self._limits.dead:
-                    return None
+                took = time.monotonic() - began
+                silent = 0.0 if took > PAUSE_SECONDS else silent + took
+        return None
 
     async def _connect(self) -> Peer | None:
         """Finds process 0 and says hello; None after the bound for the start."""
@@ -234,14 +235,17 @@ class Monitor:
                     "ended",
                     **place,
                     status=self._ended,
-                    failure=failure.removeprefix(FAILED_HARD),
-                    follows=failure.startswith(FAILED_HARD) or self._ended == -signal.SIGABRT,
+                    failure=failure.removeprefix(FOLLOWS),
+                    follows=failure.startswith(FOLLOWS) or self._ended == -signal.SIGABRT,
                     memory=self._memory_at_end(),
                 )
                 told = True
+            began = time.monotonic()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), LOOK_SECONDS)
             self._changed.clear()
+            if time.monotonic() - began > PAUSE_SECONDS:
+                shared.at = time.monotonic()  # the worker was suspended too, and is not late for it
         while True:  # the worker is done; the rank is still there
             await asyncio.sleep(STATE_SECONDS)
             peer.send("alive")

@@ -7,7 +7,6 @@ import ctypes
 import mmap
 import signal
 import time
-from collections.abc import Callable
 from types import FrameType
 
 import attrs
@@ -15,6 +14,8 @@ import attrs
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PHASES = ("start", "load", "compile", "prefill", "decode", "end")
 DRAIN, QUIT = 1, 2
+# a monitor that wakes so much too late was itself suspended (scontrol suspend): the silence was its own
+PAUSE_SECONDS = 3.0
 # a process may be two dispatches ahead of another: it has enqueued one that it has not read and works on the next
 MARGIN = 4
 
@@ -140,10 +141,3 @@ class Alone:
         if not self._signal:
             return "run"
         return "quit" if time.monotonic() > self._until else "drain"
-
-
-Beat = Callable[[str, int, bool], None]
-
-
-def no_beat(phase: str, step: int = 0, waits: bool = False) -> None:
-    """For callers without a monitor."""

@@ -5,15 +5,16 @@ import faulthandler
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
 STACKS_SIGNAL = signal.SIGQUIT
-FAILED_HARD = "[ends with others]"
+FOLLOWS = "[follows] "  # before the text of a failure that another rank's end may have brought
+FOLLOW_SECONDS = 3.0
 
 
 class UserError(Exception):
@@ -44,7 +45,11 @@ def run_worker(work: Callable[[], int], fail: Callable[[str], None], rank: str) 
 
     def report(error: BaseException) -> None:
         text = " ".join("".join(traceback.format_exception_only(error)).split())
-        fail(f"{FAILED_HARD if _follows(error) else ''}{text}")
+        fail(f"{FOLLOWS if _follows(error) else ''}{text}")
+        if _follows(error):
+            time.sleep(
+                FOLLOW_SECONDS
+            )  # when another rank is to blame, the run ends here and nobody reads this traceback
         lines = "".join(traceback.format_exception(error)).rstrip().split("\n")
         sys.stderr.write("".join(f"[{rank}] {line}\n" for line in lines))
 
@@ -116,7 +121,3 @@ def _read(path: str) -> str:
             return file.read()
     except OSError:
         return ""
-
-
-def this_host() -> str:
-    return socket.gethostname()
