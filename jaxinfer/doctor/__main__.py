@@ -196,9 +196,7 @@ def _probe_findings(reports: list[Report], results: list[Any], gpus: bool, ran: 
     logs = [result["nccl"] for result in results if result and result["nccl"]]
     if logs:
         ports = sorted({port for report in reports for port in report.facts["infiniband"]})
-        nvlink = any(
-            link == "NVLink" for report in reports for gpu in report.facts["gpus"] for link in gpu["peers"].values()
-        )
+        nvlink = any(gpu["nvlinks"] for report in reports for gpu in report.facts.get("gpus", []))
         findings += transport_findings(merge_nccl(logs), ports, nvlink, reports[0].facts.get("container", ""))
     return findings
 

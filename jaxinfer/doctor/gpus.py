@@ -162,4 +162,4 @@ def _user(pid: int, used: int) -> str:
         name = psutil.Process(pid).name()
     except psutil.Error:
         name = "not visible from here"
-    return f"pid {pid} ({name}, {used / GIB:.1f} GiB)"
+    return f"pid {pid} ({name}{f', {used / GIB:.1f} GiB' if used else ''})"

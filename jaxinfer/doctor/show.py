@@ -1,6 +1,7 @@
 """The doctor's answer: a table of ranks, then one line per finding, the worst last."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ def merge(reports: Sequence[Report], common: Sequence[Finding]) -> list[Line]:
     """Equal findings become one line; of those that are ok, one line per name. The worst come last."""
     groups: dict[Any, list[tuple[int, Finding]]] = {}
     for report in reports:
-        for place, finding in enumerate(report.findings):
-            # a rank may have several lines of one name (GPU 0, GPU 1 are names of their own)
-            key = (finding.name, finding.fix) if finding.level == OK else (place, finding)
-            key = finding if finding.level != OK else key
+        names: Counter[str] = Counter()
+        for finding in report.findings:
+            names[finding.name] += 1  # a rank may have several lines of one name
+            key = (finding.name, names[finding.name], finding.fix) if finding.level == OK else finding
             groups.setdefault(key, []).append((report.rank, finding))
     lines = []
     for group in groups.values():
