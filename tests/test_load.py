@@ -1,10 +1,10 @@
 """Loading: what a process reads and holds, with any number of threads, and how damage ends it."""
 
+import gc
 import threading
 import tracemalloc
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -254,12 +254,37 @@ def test_no_file_of_the_checkpoint_is_ever_mapped(many):
 
 
 def test_a_cpu_device_takes_the_hosts_array_as_it_is(many):
-    parameter = Parameter("layers.00", (("layers.00", Leaf((128, 4096), ("embed", "mlp"))),), 1)
-    held = []
-    array = load(many, [parameter], make_mesh(parse_mesh("")), Rules(), np.float32, 2, lambda *_: held.append(_))[0]
-    again = np.asarray(array)
-    assert again.ctypes.data == array.unsafe_buffer_pointer() and again.ctypes.data % 64 == 0
-    assert jax.numpy.array_equal(array, many.read("layers.00", (slice(0, 128), slice(0, 4096))))
+    parameter = Parameter("head", (("head", Leaf((3072, 8192), ("embed", "vocab"))),), 1)
+    tracemalloc.start()
+    (array,) = load(many, [parameter], make_mesh(parse_mesh("")), Rules(), np.float32, 2)
+    gc.collect()
+    kept = tracemalloc.get_traced_memory()[0]  # the host's arrays alone are traced
+    tracemalloc.stop()
+    assert kept > array.nbytes, "the device has made a copy"
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_a_device_that_copies_leaves_nothing_on_the_host(many, threads, monkeypatch):
+    monkeypatch.setattr(
+        "jaxinfer.checkpoint.fill.Piece.allocate", misaligned
+    )  # then a CPU device copies, as a GPU does
+    names = ["layers.00", "layers.01", "layers.02", "layers.03", "head"]
+    specs = [Leaf(tuple(many.manifest.leaves[name]["shape"]), ("embed", "mlp")) for name in names]
+    parameters = [Parameter(name, ((name, spec),), 1) for name, spec in zip(names, specs)]
+    mesh = make_mesh(parse_mesh(""))
+    gc.collect()
+    tracemalloc.start()
+    arrays = load(many, parameters, mesh, Rules(), np.float32, threads)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 1 << 20
+    assert np.array_equal(arrays[3], many.read("layers.03", (slice(0, 128), slice(0, 4096))))
+
+
+def misaligned(piece):
+    memory = np.zeros(piece.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + 4
+    return memory[start : start + piece.nbytes].view(piece.dtype).reshape(piece.shape)
 
 
 def test_threads_below_one_are_refused():

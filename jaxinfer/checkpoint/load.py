@@ -1,5 +1,6 @@
 """From a checkpoint onto a mesh: each process reads the slices that its own devices hold."""
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,7 @@ def load(
         arrays = [jax.device_put(array, device) for device in devices]
         # the transfer must be over before the host array is dropped, or arrays would pile up
         placed[number] += jax.block_until_ready(arrays)
+        gc.collect(0)  # JAX drops host arrays that it has copied at its next call or here
 
     fill(reader, local_pieces(parameters, mesh, rules, dtype), place, threads, loading)
     shapes = [global_shape(parameter, rules, sizes) for parameter in declared]
