@@ -1,0 +1,286 @@
+"""``python -m slurm.submit``: presets, the script that it makes, and whole rounds on a real Slurm with accounting."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_models import make_hf_folder
+from slurm.presets import Cluster, PresetError, read_cluster
+from slurm_bed import testbed as start_bed
+from slurm_bed import until
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
+GENERIC = ROOT / "configs" / "clusters" / "generic.yaml"
+LEAST = 'about: "test"\nmemory: "2G"\ntime: "0:10:00"\n'
+# nodes of CPUs, one task each
+CPU = (
+    "--gpus-per-node=0",
+    "--tasks-per=node",
+    "--cpus-per-node=2",
+    "--memory=2G",
+    "--time=10",
+    "--python",
+    sys.executable,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_hf_folder(folder / "hf")
+    command = [sys.executable, "-m", "convert", "--source", folder / "hf", "--output", folder / "ckpt"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder / "ckpt"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "in.jsonl"
+    path.write_text("".join(f'{{"prompt_token_ids": [{i + 3}]}}\n' for i in range(8)))
+    return path
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "slurm.submit", *map(str, arguments)]
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def round_of(model, prompts, folder, *arguments, cluster=GENERIC) -> tuple:
+    place = ("--cluster", cluster, "--model", model, "--prompts", prompts, "--output-dir", folder, "--poll-s", "0.3")
+    return (*place, *arguments)
+
+
+# ---- presets
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_legal(path):
+    assert read_cluster(path, {}).gpus_per_node
+
+
+def test_there_are_three_presets():
+    assert [path.stem for path in PRESETS] == ["generic", "leonardo-booster", "two-node-t4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LEAST + "patition: x\n", "unknown field 'patition'; did you mean 'partition'? legal: about, partition"),
+        (LEAST + "1: x\n", "unknown field 1; legal: about"),
+        (LEAST + 'nodes: "2"\n', "nodes: found '2', legal is a whole number from 1"),
+        (LEAST + "nodes: 0\n", "nodes: found 0, legal is a whole number from 1"),
+        (LEAST + "nodes: true\n", "nodes: found True, legal is a whole number"),
+        (LEAST + "qos: 3\n", "qos: found 3, legal is null or a text of one line"),
+        (LEAST + "gpu_option: gpu\n", "gpu_option: found 'gpu', legal is gres or gpus-per-node or gpus-per-task or"),
+        (LEAST + "gpus_per_node: 0\n", "tasks_per: found gpu with gpus_per_node 0, legal is node"),
+        (LEAST + "gpus_per_node: 4\n", "cpus_per_node: found 1 for 4 tasks"),
+        (LEAST + "env: {A: 1}\n", "env: found {'A': 1}, legal is NAME: \"text\" pairs, numbers in quotes"),
+        (LEAST + 'env: {"A B": "1"}\n', "env: found {'A B': '1'}, legal"),
+        (LEAST + "setup: source x\n", "setup: found 'source x', legal is a list of texts"),
+        (LEAST + 'setup: ["a\\nb"]\n', "setup: found ['a\\nb'], legal is a list of texts of one line"),
+        ('about: "x"\nmemory: 2G\ntime: 24:00:00\n', "time: found 86400, legal is a text such as \"24:00:00\""),
+        ('about: "x"\nmemory: 2 GB\ntime: "10"\n', "memory: found '2 GB', legal is a text such as \"200G\""),
+        ('about: "x"\ntime: "10"\n', "memory is missing: memory of a node, 200G say"),
+        ("- a\n", "found list, legal are lines of FIELD: VALUE"),
+        ("a: [\n", "no YAML: while parsing"),
+    ],
+)  # fmt: skip
+def test_wrong_presets_take_one_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(PresetError) as raised:
+        read_cluster(path, {})
+    assert str(raised.value).startswith(f"{path}: ") and message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"gpus_per_node": 4, "cpus_per_node": 32}, ["--ntasks-per-node=4", "--cpus-per-task=8", "--gpus-per-node=4"]),
+        (
+            {"gpus_per_node": 4, "cpus_per_node": 32, "tasks_per": "node", "gpu_option": "gres", "gpu_type": "a100"},
+            ["--ntasks-per-node=1", "--cpus-per-task=32", "--gres=gpu:a100:4"],
+        ),
+        (
+            {"gpus_per_node": 2, "cpus_per_node": 5, "gpu_option": "gpus-per-task"},
+            ["--ntasks-per-node=2", "--cpus-per-task=2", "--gpus-per-task=1"],
+        ),
+        ({"gpus_per_node": 0, "tasks_per": "node"}, ["--ntasks-per-node=1", "--cpus-per-task=1"]),
+        ({"gpu_option": "none"}, ["--ntasks-per-node=1", "--cpus-per-task=1"]),
+    ],
+)
+def test_what_a_job_asks_for(fields, options):
+    cluster = Cluster(about="test", memory="2G", time="10", **fields)
+    ends = ["--mem=2G", "--time=10", "--signal=B:USR1@120"]
+    assert cluster.sbatch_options() == ["--nodes=1", *options, *ends]
+
+
+# ---- the script
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "more", [(), ("--nodes", 3, "--account", "me"), ("--array", 4)], ids=["plain", "nodes", "array"]
+)
+def test_dry_run_is_a_script(path, more, model, prompts, tmp_path):
+    arguments = round_of(model, prompts, tmp_path / "run", *more, "--dry-run", cluster=path)
+    done = run(*arguments, "--", "--stop", "it's $HOME")
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) < 60 and lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines
+    assert "#SBATCH --requeue" in lines and "#SBATCH --signal=B:USR1@120" in lines
+    settings = done.stdout.split("# ---- the job")[0] + '\necho "$RUN"; printf %s "$*"'
+    shown = subprocess.run(["bash", "-c", settings], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith(f"{tmp_path / 'run'}\n") and shown.stdout.endswith("--stop it's $HOME")
+    assert not (tmp_path / "run").exists()
+
+
+def test_script_ends_as_the_one_for_hands(model, prompts, tmp_path):
+    for more, name in (
+        ((), "generate.sh"),
+        (("--nodes", 2), "generate-multi.sh"),
+        (("--array", 2), "generate-array.sh"),
+    ):
+        made = run(*round_of(model, prompts, tmp_path / "run", *more, "--dry-run")).stdout
+        mark = "# ---- the job\n"
+        assert made.split(mark)[1] == (ROOT / "slurm" / name).read_text().split(mark)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--model", "none"), "none: no checkpoint (manifest.json is missing)"),
+        (("--prompts", "none.jsonl"), "none.jsonl: No such file or directory"),
+        (("--prompts", "README.md"), "README.md: the name ends in '.md', legal is .jsonl"),
+        (("--cluster", "none.yaml"), "none.yaml: No such file or directory"),
+        (("--time", "soon"), "generic.yaml: time: found 'soon', legal is"),
+        (("--array", "0"), "--array: found 0, legal is 1 or more"),
+        (("--", "--output", "x"), "--output after --: give it before, or leave it"),
+        (("--follow", "none"), "none: submit.json is missing: no job was submitted"),
+    ],
+)
+def test_mistakes_take_one_line(model, prompts, tmp_path, change, message):
+    done = run(*round_of(model, prompts, tmp_path / "run", *change))
+    assert done.returncode == 2 and not done.stdout
+    lines = [line for line in done.stderr.splitlines() if not line.startswith((" ", "usage:"))]
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_works_without_jax():
+    program = "import sys, slurm.submit, slurm.shards, jaxinfer.plot; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+# ---- whole rounds
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    with start_bed(f"submit-{os.getpid()}", "--nodes", "2", "--accounting") as bed:
+        bed.env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # what one job compiled the next need not
+        yield bed
+
+
+@pytest.fixture
+def submit(bed, model, prompts):
+    def submit(folder, *arguments, status=0) -> str:
+        done = bed.run(command(*round_of(model, prompts, folder, *CPU, *arguments)), cwd=ROOT, timeout=90)
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    yield submit
+    bed.clear()
+
+
+def ids(path: Path) -> list[int]:
+    return sorted(int(json.loads(line)["id"]) for line in path.read_text().splitlines())
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_whole_round(bed, submit, tmp_path):
+    said = submit(tmp_path / "run", "--nodes", "2", "--", "--max-new-tokens", "10")
+    assert re.search(r"job \d+ submitted", said) and "RUNNING on node[1-2]" in said and "is complete: " in said
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    files = "job.sh job.log logs submit.json sacct.json out.jsonl out.metrics.json out.run.json out.png"
+    assert names == set(files.split())
+    assert {path.name for path in (tmp_path / "run" / "logs").glob("rank-*")} == {
+        "rank-0-node1.log",
+        "rank-1-node2.log",
+    }
+    assert ids(tmp_path / "run" / "out.jsonl") == list(range(1, 9))
+    job = json.loads((tmp_path / "run" / "submit.json").read_text())["job"]
+    records = json.loads((tmp_path / "run" / "sacct.json").read_text())
+    assert [record["JobID"] for record in records] == [job, f"{job}.batch", f"{job}.0"]
+    assert all(record["State"] == "COMPLETED" and int(record["ElapsedRaw"]) > 0 for record in records)
+    assert (tmp_path / "run" / "out.png").read_bytes().startswith(b"\x89PNG")
+    # the same command once more: nothing is left to do
+    assert "is complete" in submit(tmp_path / "run", "--nodes", "2", "--", "--max-new-tokens", "10")
+    assert ids(tmp_path / "run" / "out.jsonl") == list(range(1, 9))
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_array(bed, submit, tmp_path):
+    submit(tmp_path / "run", "--array", "2")
+    assert [json.loads(line)["id"] for line in open(tmp_path / "run" / "out.jsonl")] == [str(i) for i in range(1, 9)]
+    assert ids(tmp_path / "run" / "parts" / "0.jsonl") == [1, 3, 5, 7]
+    assert (tmp_path / "run" / "out.png").exists()
+    records = json.loads((tmp_path / "run" / "sacct.json").read_text())
+    assert len([record for record in records if re.fullmatch(r"\d+_[01]", record["JobID"])]) == 2
+
+
+@pytest.mark.slurm
+def test_failure_shows_the_log(bed, submit, tmp_path):
+    said = submit(tmp_path / "run", "--", "--max-new-tokens", "0", status=1)
+    assert "max_new_tokens" in said.split("last lines of ")[1] and f"{tmp_path}/run/logs/rank-0-node1.log" in said
+    assert "ended: FAILED" in said.splitlines()[-1] and str(tmp_path / "run" / "logs") in said.splitlines()[-1]
+
+
+@pytest.mark.slurm
+def test_refusal_of_sbatch_is_shown_as_it_is(bed, submit, tmp_path):
+    said = submit(tmp_path / "run", "--partition", "nowhere", status=1)
+    assert said == (
+        "sbatch: error: invalid partition specified: nowhere\n"
+        "sbatch: error: Batch job submission failed: Invalid partition name specified\n"
+    )
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_leaves_the_job_and_comes_back(bed, submit, model, prompts, tmp_path):
+    folder = tmp_path / "run"
+    long = ("--", "--max-new-tokens", "120", "--ignore-eos", "--max-batch", "1", "--decode-steps", "1")
+    client = bed.start(command(*round_of(model, prompts, folder, *CPU, *long)), cwd=ROOT)
+    until(lambda: (folder / "logs" / "started").exists(), 30, lambda: "no start")
+    client.send_signal(signal.SIGINT)
+    _, said = client.communicate(timeout=10)
+    bed.clients.remove(client)
+    job = json.loads((folder / "submit.json").read_text())["job"]
+    assert client.returncode == 130
+    assert f"job {job} goes on. Follow it: python -m slurm.submit --follow {folder}   end it: scancel {job}" in said
+    assert f"job {job} is RUNNING" in submit(folder, status=2)
+    done = bed.run(command("--follow", folder, "--poll-s", "0.3"), cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and f"job {job} is complete" in done.stderr
+    assert ids(folder / "out.jsonl") == list(range(1, 9))
+
+
+@pytest.mark.slurm
+def test_without_accounting_is_a_warning(slurm_bed, model, prompts, tmp_path):
+    done = slurm_bed.run(
+        command(*round_of(model, prompts, tmp_path / "run", *CPU, "--", "--max-new-tokens", "0")), cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 1 and "ended: FAILED" in done.stderr
+    assert "WARNING: no accounting: Slurm accounting storage is disabled" in done.stderr
