@@ -169,9 +169,11 @@ def _together(args: argparse.Namespace, where: Launch, meeting: Meeting, report:
     plan = None
     if not meeting.missing and found is not None:
         plan = {"coordinator": f"{_bracketed(where.host)}:{_free_port()}", "gpus": gpus}
-    plan = meeting.share(plan, patience)
+    # who was quick waits for rank 0, and rank 0 for who is slow
+    plan = meeting.share(plan, LOCAL_SECONDS + patience + MARGIN_SECONDS)
     result = plan and run_probe(os.environ, where, plan["coordinator"], plan["gpus"], args.timeout_s)
-    results = meeting.gather(result, args.timeout_s + MARGIN_SECONDS)
+    patience = args.timeout_s + MARGIN_SECONDS
+    results = meeting.gather(result, patience)
     status = 0
     if results is not None:
         lost = missing_ranks(meeting.missing, where.hosts, f"{where.host}:{where.port}")
@@ -185,7 +187,7 @@ def _together(args: argparse.Namespace, where: Launch, meeting: Meeting, report:
         except OSError as problem:
             sys.stderr.write(f"jaxinfer.doctor: error: --json {args.json}: {problem.strerror}\n")
             status = 1
-    return meeting.share(status, MARGIN_SECONDS)
+    return meeting.share(status, patience + MARGIN_SECONDS)
 
 
 def _probe_findings(reports: list[Report], results: list[Any], gpus: bool, ran: bool) -> list[Finding]:

@@ -7,6 +7,7 @@ from jaxinfer.cluster.fabric import Nccl
 from jaxinfer.doctor.collective import EVENTS
 from jaxinfer.doctor.finding import Finding, error, ok, warning
 
+SHOWN = 4  # ranks named in one line
 LOOK_AT = (
     "look at: the rank that came least far, and its node (dmesg, nvidia-smi); a firewall between nodes; the interface "
     "(NCCL_SOCKET_IFNAME=ib0 or the like); NCCL_IB_DISABLE=1, NCCL_P2P_DISABLE=1 and NCCL_NVLS_ENABLE=0 one by one; "
@@ -19,21 +20,26 @@ def collective_findings(results: Sequence[Mapping[str, Any] | None], names: Sequ
     here = [(name, result) for name, result in zip(names, results) if result is not None]
     failed = [(name, result) for name, result in here if result["end"] == "failed"]
     hung = [(name, result) for name, result in here if result["end"] == "hung"]
+    stopped = [(name, result) for name, result in hung if "stopped" in result["why"]]
+    if failed and not stopped:
+        waited = f" ({len(hung)} of {len(names)} ranks waited in vain)" if hung else ""
+        return [
+            error("all-reduce", f"{_said(failed)}{waited}", "what the text says; the checks above may name its cause")
+        ]
     if hung:
-        stopped = [each for each in hung if "stopped" in each[1]["why"]]
         least = min(EVENTS.index(result["last"]) for _, result in hung)
-        blamed = failed or stopped or [each for each in hung if EVENTS.index(each[1]["last"]) == least]
-        who = "; ".join(f"{name}: {result['why']}" for name, result in blamed[:4])
-        more = f"; and {len(blamed) - 4} more" if len(blamed) > 4 else ""
-        what = f"hangs: of {len(names)} ranks {len(hung)} were not done; {who}{more}"
+        behind = [each for each in hung if EVENTS.index(each[1]["last"]) == least]
+        what = f"hangs: of {len(names)} ranks {len(hung)} were not done; {_said(stopped or behind)}"
         return [error("all-reduce", what, LOOK_AT)]
-    if failed:
-        who = "; ".join(f"{name}: {result['why']}" for name, result in failed[:4])
-        return [error("all-reduce", who, "what the text says; the checks above may name its cause")]
     if len(here) < len(names):
         gone = [name for name, result in zip(names, results) if result is None]
         return [error("all-reduce", f"no result of {', '.join(gone)}", LOOK_AT)]
     return _times(here[0][1], gpus)
+
+
+def _said(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    more = f"; and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
+    return "; ".join(f"{name}: {result['why']}" for name, result in ranks[:SHOWN]) + more
 
 
 def _times(result: Mapping[str, Any], gpus: bool) -> list[Finding]:
