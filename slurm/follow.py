@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import attrs
+from tqdm import tqdm
 
 from jaxinfer.telemetry.progress import Progress
 from slurm import jobs
@@ -71,10 +72,11 @@ def follow(job: str, outputs: list[Path], total: int, poll_s: float) -> jobs.Sta
             if bar is not None:
                 bar.update(done - before[0], tokens - before[1])
             if state != last:
-                if bar is not None:
+                if bar is not None and state.name != "RUNNING":
                     bar.close()
                     bar = None
-                print(f"job {job}: {state}", file=sys.stderr, flush=True)
+                tqdm.write(f"job {job}: {state}", file=sys.stderr)
+                sys.stderr.flush()
                 last = state
             if bar is None and state.name == "RUNNING":
                 bar = Progress("results", "lines", total)
