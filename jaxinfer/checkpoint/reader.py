@@ -49,7 +49,7 @@ class Reader:
 
         Raises:
           KeyError: no such leaf.
-          CheckpointError: a chunk file is missing, truncated or changed; the message names it and says which.
+          CheckpointError: a chunk file is missing, truncated, changed or unreadable; the message names it and says which.
         """
         shape = tuple(stop - start for start, stop in self._bounds(leaf, index))
         out = np.empty(shape, DTYPES[self.manifest.leaves[leaf]["dtype"]]) if out is None else out
@@ -101,7 +101,11 @@ class Reader:
                 stop = min(start + rows, shape[0])
                 block = scratch[: stop - start] if whole is None else whole[start:stop]
                 data = memoryview(block.reshape(-1).view(np.uint8))
-                if (got := _read_into(handle, data)) != len(data):
+                try:
+                    got = _read_into(handle, data)
+                except OSError as error:  # of a failing disk or server: it does not say which file
+                    raise CheckpointError(f"{path}: cannot be read at byte {start * row}: {error.strerror}") from error
+                if got != len(data):
                     raise _wrong_size(path, start * row + got, size)
                 checksum.update(data)
                 for source, out in parts:
