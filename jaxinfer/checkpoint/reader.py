@@ -49,7 +49,7 @@ class Reader:
 
         Raises:
           KeyError: no such leaf.
-          CheckpointError: a chunk file is missing, truncated, changed or unreadable; the message names it and says which.
+          CheckpointError: a chunk file is missing, truncated, changed or cannot be read; the message names it
         """
         shape = tuple(stop - start for start, stop in self._bounds(leaf, index))
         out = np.empty(shape, DTYPES[self.manifest.leaves[leaf]["dtype"]]) if out is None else out
