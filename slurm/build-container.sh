@@ -35,7 +35,8 @@ wheels() {
     wanted=$(apptainer exec "$BUNDLE/base.sif" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     [ "$found" = "$wanted" ] || fail "$PYTHON is Python $found, but $BUNDLE/base.sif has $wanted: set PYTHON"
   fi
-  work=$(mktemp -d)
+  mkdir -p "$BUNDLE"
+  work=$(mktemp -d "$BUNDLE/new.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   # a clean copy: setuptools would take up what earlier builds left in build/
   mkdir "$work/source" "$work/app"
@@ -44,7 +45,8 @@ wheels() {
   "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/app/wheels" "$work/source"
   local own=("$work"/app/wheels/jaxinfer-*.whl) extras=
   [ "$EXTRA" = cpu ] || extras="[$EXTRA]"
-  "$PYTHON" -m pip download --quiet --only-binary :all: -c constraints.txt --dest "$work/app/wheels" "${own[0]}$extras"
+  "$PYTHON" -m pip download --quiet --only-binary :all: -c constraints.txt -c slurm/constraints-cuda.txt \
+    --dest "$work/app/wheels" "${own[0]}$extras"
   local version=${own[0]##*/jaxinfer-}
   {
     echo "VERSION=${version%%-*}"
@@ -52,10 +54,8 @@ wheels() {
     echo "EXTRA=$EXTRA"
   } >"$work/app/release"
   (cd "$work/app" && find . -type f ! -name SHA256SUMS -print0 | sort -z | xargs -0 sha256sum >SHA256SUMS)
-  rm -rf "$app.new" "$app"
-  mkdir -p "$BUNDLE"
-  cp -r "$work/app" "$app.new"
-  mv "$app.new" "$app"
+  rm -rf "$app"
+  mv "$work/app" "$app"
   echo "$app: $(find "$app/wheels" -name '*.whl' | wc -l) wheels, $(du -sh "$app" | cut -f1)"
 }
 
@@ -66,7 +66,7 @@ build() {
   [ -e "$app/SHA256SUMS" ] || fail "$app is missing or not whole: where there is internet, run $0 wheels"
   wrong=$(cd "$app" && sha256sum --check --quiet SHA256SUMS 2>/dev/null) ||
     fail "$app is not what was downloaded; run $0 wheels again. These are missing or damaged:"$'\n'"$wrong"
-  wrong=$(cd "$app" && find . -name '*.whl' | grep -vFf <(cut -d' ' -f3 SHA256SUMS)) &&
+  wrong=$(cd "$app" && find . -name '*.whl' | grep -vxFf <(cut -d' ' -f3 SHA256SUMS)) &&
     fail "$app has wheels that were not downloaded with it: remove"$'\n'"$wrong"
   # shellcheck disable=SC1091
   . "$app/release"
