@@ -168,6 +168,18 @@ def test_failure_is_passed_on_and_not_repeated(slurm_bed, tmp_path):
 
 
 @pytest.mark.slurm
+def test_failure_after_the_signal_is_not_repeated_either(slurm_bed, tmp_path):
+    run, program = tmp_path / "run", tmp_path / "python"
+    program.write_text(f"#!/bin/bash\ntrap 'exit 3' USR1\ntouch {tmp_path}/up\nwhile true; do sleep 0.1; done\n")
+    program.chmod(0o755)
+    job = submit(slurm_bed, "generate.sh", run, PYTHON=program)
+    until((tmp_path / "up").exists, 20, lambda: "no start")
+    slurm_bed.scancel("--batch", "--signal=USR1", job)
+    ended(slurm_bed, job, run, "FAILED")
+    assert slurm_bed.job(job)["ExitCode"] == "3:0" and slurm_bed.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.slurm
 @pytest.mark.slow
 def test_attempts_that_add_nothing_come_to_an_end(slurm_bed, tmp_path):
     run = tmp_path / "run"
