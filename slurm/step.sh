@@ -42,9 +42,15 @@ pass_on() { # again and again: an srun whose tasks do not run yet swallows it
   while kill -s USR1 "$srun" 2>/dev/null; do sleep 1; done
 }
 
-work_left() { # after exit status $1; 138: killed by USR1, which came before the program could take it
-  if [ "$1" = 138 ]; then return 0; elif [ "$1" != 0 ]; then return 1; fi
-  if [ "$metrics" -nt "$LOGS/started" ]; then grep -q '"unfinished": [1-9]' "$metrics"; else [ "$stopped" = USR1 ]; fi
+work_left() { # after exit status $1
+  local fresh=
+  if [ "$metrics" -nt "$LOGS/started" ]; then fresh=1; fi
+  case $1 in
+    0) if [ -n "$fresh" ]; then grep -q '"unfinished": [1-9]' "$metrics"; else [ "$stopped" = USR1 ]; fi ;;
+    # USR1 came before the program could take it: some tasks died of it, the others by --kill-on-bad-exit
+    137 | 138 | 143) [ "$stopped" = USR1 ] && [ -z "$fresh" ] ;;
+    *) false ;;
+  esac
 }
 
 requeue() { # $1: size of the output when this attempt began

@@ -180,6 +180,19 @@ def test_failure_after_the_signal_is_not_repeated_either(slurm_bed, tmp_path):
 
 
 @pytest.mark.slurm
+def test_signal_that_kills_a_starting_task_is_no_failure(slurm_bed, tmp_path):
+    """Rank 0 is killed by the signal, rank 1 by Slurm for rank 0's sake."""
+    run, program = tmp_path / "run", tmp_path / "python"
+    ignore = "if [ $SLURM_PROCID = 1 ]; then trap '' USR1; fi"
+    program.write_text(f"#!/bin/bash\n{ignore}\ntouch {tmp_path}/up-$SLURM_PROCID\nexec sleep 60\n")
+    program.chmod(0o755)
+    job = submit(slurm_bed, "generate-multi.sh", run, PYTHON=program)
+    until(lambda: len(list(tmp_path.glob("up-*"))) == 2, 20, lambda: "no start")
+    slurm_bed.scancel("--batch", "--signal=USR1", job)
+    until(lambda: slurm_bed.job(job)["Restarts"] == "1", 20, lambda: Path(f"{run}.log").read_text())
+
+
+@pytest.mark.slurm
 @pytest.mark.slow
 def test_attempts_that_add_nothing_come_to_an_end(slurm_bed, tmp_path):
     run = tmp_path / "run"
