@@ -5,6 +5,7 @@
 # Settings are variables: EXTRA=cuda13 slurm/build-container.sh download. The halves of download are `base`, which needs
 # Apptainer, and `wheels`, which needs the base's version of Python.
 set -euo pipefail
+umask 022 # whoever runs the image reads it
 cd "$(dirname "$0")/.."
 
 EXTRA=${EXTRA:-cuda12}                 # cuda12, cuda13 (newer driver) or cpu

@@ -218,7 +218,7 @@ def test_srun_on_two_nodes_gives_the_tokens_of_a_plain_run(slurm_bed, image, mod
 def test_job_is_stopped_and_requeued_and_does_the_rest(slurm_bed, image, model, plain, tmp_path):
     """slurm/generate-container.sh: the signals of its time limit pass through the container."""
     run_folder, log_file = tmp_path / "run", tmp_path / "log"
-    # the model through a link that leads out of all that is bound for itself
+    # a link that leads out of what is bound for its own sake; without the host's /tmp, where all of this lies
     (tmp_path / "link").symlink_to(model)
     env = {
         "SIF": image,
@@ -226,6 +226,7 @@ def test_job_is_stopped_and_requeued_and_does_the_rest(slurm_bed, image, model, 
         "RUN": run_folder,
         "COMPILED": ROOT / "build" / "compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "APPTAINER_NO_MOUNT": "tmp",
         **AS_ROOT,
     }
     options = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=2000", f"--output={log_file}")
