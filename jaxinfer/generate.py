@@ -51,7 +51,7 @@ examples:
     ... --mesh stage=2,tensor=2 --cpu-devices 4
 
   On two nodes of a Slurm cluster with four GPUs each, one process per GPU; the mesh becomes stage=2,tensor=4:
-    srun -N2 --ntasks-per-node=4 --gpus-per-node=4 --kill-on-bad-exit=1 \
+    srun -N2 --ntasks-per-node=4 --gpus-per-node=4 --kill-on-bad-exit=1 \\
       python -m jaxinfer.generate --model CKPT --prompts in.jsonl --output out.jsonl
 
   Two processes of one run without Slurm (start both; each reads the same files):

@@ -194,6 +194,29 @@ def test_killed_and_run_again_equals_undisturbed(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_puts_back_what_has_not_begun(tiny, tmp_path, number):
+    prompts = write_lines(tmp_path / "in.jsonl", random_lines(40))
+    arguments = ("--model", tiny, "--prompts", prompts, "--output", tmp_path / "out.jsonl", *SMALL)
+    whole = ("--model", tiny, "--prompts", prompts, "--output", tmp_path / "whole.jsonl", *SMALL)
+    run(*whole)
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out.jsonl").exists() or (tmp_path / "out.jsonl").read_text().count("\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, error
+    metrics = json.loads((tmp_path / "out.metrics.json").read_text())
+    assert metrics["stopped_by"] == number.name
+    assert 0 < metrics["unfinished"] < 40
+    assert f"stopped by {number.name}: {metrics['unfinished']} of 40 requests are left" in error
+    run(*arguments)
+    assert tokens(tmp_path / "out.jsonl") == tokens(tmp_path / "whole.jsonl")
+    assert json.loads((tmp_path / "out.metrics.json").read_text())["unfinished"] == 0
+
+
+@pytest.mark.slow
 def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     prompts = write_lines(tmp_path / "in.jsonl", [*random_lines(8), {"id": "bad"}])
     arguments = ("--model", tiny, "--prompts", prompts, "--temperature", 0.9, *SMALL)
@@ -327,7 +350,7 @@ def test_mistakes_take_one_line(tiny, tmp_path, monkeypatch, capsys, arguments, 
     status, error = in_process(monkeypatch, capsys, *(each.format(**files) for each in arguments))
     assert status == 2
     *before, line = error.splitlines()
-    assert all("no tokenizer" in each or "WARNING" in each for each in before)
+    assert all("no tokenizer" in each or "WARNING" in each or "mesh: " in each for each in before)
     assert line.startswith("jaxinfer.generate: error: ")
     assert message in line
 

@@ -55,17 +55,17 @@ class Hub:
         self._wake = asyncio.Event()
 
     async def run(self, listening: socket.socket, coordinator: str) -> Verdict:
-        server = await asyncio.start_server(self._serve, sock=listening, limit=LONGEST)
-        async with server:
-            while True:
-                before = time.monotonic()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
-                self._wake.clear()
-                self._forgive(time.monotonic() - before)
-                verdict = self._refused or (self._watch() if self._started else self._gather(coordinator))
-                if verdict:
-                    return verdict
+        # it closes with the process: to wait for that here would be to wait for everybody's connection (Python 3.12)
+        self._server = await asyncio.start_server(self._serve, sock=listening, limit=LONGEST)
+        while True:
+            before = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
+            self._wake.clear()
+            self._forgive(time.monotonic() - before)
+            verdict = self._refused or (self._watch() if self._started else self._gather(coordinator))
+            if verdict:
+                return verdict
 
     async def end(self, verdict: Verdict, seconds: float) -> list[int]:
         """Tells everybody; returns the other ranks that have not gone after so long, or never came."""

@@ -40,6 +40,7 @@ ANSWER_SECONDS = 5.0
 QUIET_SECONDS = 5.0  # that a rank looks for process 0 before it says so
 STACKS_SECONDS = 1.0  # for the worker to print its stacks
 FAREWELL_SECONDS = 5.0  # for the other ranks to go
+LAST_SECONDS = 60  # for everything after the verdict
 PACKAGES = ("jax", "jaxlib")
 
 Work = Callable[[Pulse, str], int]  # the pulse, and the address for jax.distributed
@@ -121,6 +122,7 @@ class Monitor:
         return verdict.status
 
     async def _conclude(self, hub: hubs.Hub, verdict: Verdict) -> None:
+        signal.alarm(LAST_SECONDS)  # its default is to end this process, should anything here hang
         if verdict.status or verdict.text:
             if 0 in verdict.ranks and verdict.stuck:
                 await self._print_stacks()
