@@ -83,6 +83,12 @@ def accounting(job: str, wait_s: float = 20.0) -> list[dict[str, str]]:
         time.sleep(1)
 
 
+def last_state(records: list[dict[str, str]]) -> State:
+    """Of the last attempt, by the accounting; of an array the first task that did not complete."""
+    last = {record["JobID"]: record["State"].split()[0] for record in records if "." not in record["JobID"]}
+    return State(next((name for name in last.values() if name != "COMPLETED"), "COMPLETED"))
+
+
 def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S)

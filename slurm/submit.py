@@ -203,8 +203,7 @@ def _account(run: Path, job: str, state: jobs.State) -> jobs.State:
         print(f"{PROGRAM}: WARNING: no accounting: {error}", file=sys.stderr)
         return state
     _write(run / "sacct.json", records)
-    # "CANCELLED by 1000" has more than the name; the records are in the order of the attempts
-    return state if state.ended else jobs.State(records[0]["State"].split()[0])
+    return state if state.ended else jobs.last_state(records)
 
 
 def _merge(run: Path, told: dict[str, Any], parts: list[Path]) -> bool:

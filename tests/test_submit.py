@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_models import make_hf_folder
+from slurm.jobs import last_state
 from slurm.presets import Cluster, PresetError, read_cluster
 from slurm_bed import testbed as start_bed
 from slurm_bed import until
@@ -183,6 +184,16 @@ def test_works_without_jax():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_last_state_is_that_of_the_last_attempt():
+    def records(*rows: str) -> list[dict[str, str]]:
+        return [dict(zip(("JobID", "State"), row.split("|"))) for row in rows]
+
+    requeued = records("20|REQUEUED", "20.0|COMPLETED", "20|REQUEUED", "20|COMPLETED", "20.batch|COMPLETED")
+    assert last_state(requeued).name == "COMPLETED"
+    assert last_state([*requeued, *records("20|CANCELLED by 0", "20.0|COMPLETED")]).name == "CANCELLED"
+    assert last_state(records("7_0|COMPLETED", "7_1|FAILED", "7_2|COMPLETED")).name == "FAILED"
+
+
 # ---- whole rounds
 
 
@@ -211,15 +222,12 @@ def ids(path: Path) -> list[int]:
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_whole_round(bed, submit, tmp_path):
-    said = submit(tmp_path / "run", "--nodes", "2", "--", "--max-new-tokens", "10")
-    assert re.search(r"job \d+ submitted", said) and "RUNNING on node[1-2]" in said and "is complete: " in said
+    said = submit(tmp_path / "run", "--", "--max-new-tokens", "10")
+    assert re.search(r"job \d+ submitted", said) and "RUNNING on node1" in said and "is complete: " in said
     names = {path.name for path in (tmp_path / "run").iterdir()}
     files = "job.sh job.log logs submit.json sacct.json out.jsonl out.metrics.json out.run.json out.png"
     assert names == set(files.split())
-    assert {path.name for path in (tmp_path / "run" / "logs").glob("rank-*")} == {
-        "rank-0-node1.log",
-        "rank-1-node2.log",
-    }
+    assert {path.name for path in (tmp_path / "run" / "logs").glob("rank-*")} == {"rank-0-node1.log"}
     assert ids(tmp_path / "run" / "out.jsonl") == list(range(1, 9))
     job = json.loads((tmp_path / "run" / "submit.json").read_text())["job"]
     records = json.loads((tmp_path / "run" / "sacct.json").read_text())
@@ -227,7 +235,7 @@ def test_whole_round(bed, submit, tmp_path):
     assert all(record["State"] == "COMPLETED" and int(record["ElapsedRaw"]) > 0 for record in records)
     assert (tmp_path / "run" / "out.png").read_bytes().startswith(b"\x89PNG")
     # the same command once more: nothing is left to do
-    assert "is complete" in submit(tmp_path / "run", "--nodes", "2", "--", "--max-new-tokens", "10")
+    assert "is complete" in submit(tmp_path / "run", "--", "--max-new-tokens", "10")
     assert ids(tmp_path / "run" / "out.jsonl") == list(range(1, 9))
 
 
