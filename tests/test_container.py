@@ -22,6 +22,8 @@ MAKE_S = 600  # bound of each step of the build
 # root of this machine may lack a capability that Apptainer's root would have
 AS_ROOT = {"APPTAINER_NO_PRIVS": "1"}
 GREEDY = ("--max-new-tokens", "100", "--ignore-eos", "--dtype", "float32")
+COMPILED = ROOT / "build" / "compiled"
+KEEP = {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 PROMPTS = ROOT / "examples" / "tinystories" / "prompts.jsonl"
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -199,14 +201,15 @@ def fake_path(folder: Path) -> Path:
 
 def test_srun_on_two_nodes_gives_the_tokens_of_a_plain_run(slurm_bed, image, model, plain, tmp_path):
     output = tmp_path / "out.jsonl"
-    binds = f"{model},{PROMPTS.parent},{tmp_path}"
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    binds = f"{model},{PROMPTS.parent},{tmp_path},{COMPILED}"
     inside = ["apptainer", "exec", "--no-home", "--no-mount", "tmp", "--bind", binds, "--pwd", "/", image]
     generate = ["python", "-m", "jaxinfer.generate", "--model", model, "--prompts", PROMPTS, "--output", output]
     done = slurm_bed.srun(
         [*inside, *generate, *GREEDY],
         nodes=2,
         options=("--kill-on-bad-exit=1", "--cpus-per-task=2"),
-        env=AS_ROOT,
+        env={**AS_ROOT, **KEEP},
         cwd="/",
     )
     assert done.returncode == 0, done.stderr
@@ -224,10 +227,10 @@ def test_job_is_stopped_and_requeued_and_does_the_rest(slurm_bed, image, model, 
         "SIF": image,
         "MODEL": tmp_path / "link",
         "RUN": run_folder,
-        "COMPILED": ROOT / "build" / "compiled",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "COMPILED": COMPILED,
         "APPTAINER_NO_MOUNT": "tmp",
         **AS_ROOT,
+        **KEEP,
     }
     options = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=2000", f"--output={log_file}")
     command = ["sbatch", "--parsable", *options, "slurm/generate-container.sh", "--max-batch", "1", *GREEDY]
