@@ -248,9 +248,15 @@ def _join(run: Run) -> None:
         distributed.initialize(run.launch, run.coordinator, int(sum(attrs.astuple(bounds))))
         import jax
 
-        devices = jax.local_devices()
-        ids = ",".join(str(device.local_hardware_id) for device in devices)
-        run.life.describe(f"{'CPU' if devices[0].platform == 'cpu' else 'GPU'} {ids}: {devices[0].device_kind}")
+        run.life.describe(_describe(jax.local_devices()))
+
+
+def _describe(devices: list[Any]) -> str:
+    """GPUs by their numbers on the node, where CUDA_VISIBLE_DEVICES gives them others in this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    here = [device.local_hardware_id for device in devices]
+    numbers = [visible[each] if visible[0] and each < len(visible) else str(each) for each in here]
+    return f"{'CPU' if devices[0].platform == 'cpu' else 'GPU'} {','.join(numbers)}: {devices[0].device_kind}"
 
 
 def _read(args: argparse.Namespace, defaults: SamplingParams) -> list[InputRecord | InputError]:

@@ -40,7 +40,7 @@ def main() -> None:
     def faulty_beat(self: Pulse, now: str, step: int = 0, waits: bool = False) -> None:
         nonlocal mine
         beat(self, now, step, waits)
-        if mine and now == phase and (now not in ("decode", "load") or step > 0):
+        if mine and now == phase and (now not in ("decode", "load") or step > 0) and not (fault == "hang" and waits):
             mine = False
             print(f"fault at {time.time()}", file=sys.stderr, flush=True)
             if fault == "raise":
