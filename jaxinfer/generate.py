@@ -350,14 +350,10 @@ def _load(run: Run) -> Any:
     from jaxinfer.llm import LLM
 
     args, launch = run.args, run.launch
-    several = launch is not None and launch.num_processes > 1
     # one line per node: what its first process does stands for all
-    bar = Progress(
-        f"load on {socket.gethostname()}" if several else "load",
-        "B",
-        shown=launch is None or launch.first_on_node,
-        scale=True,
-    )
+    shown = launch is None or launch.first_on_node
+    name = f"load on {socket.gethostname()}" if launch is not None and launch.num_processes > 1 else "load"
+    bar = Progress(name, "B", shown=shown, scale=True)
     pieces = 0
 
     def loading(done: int, total: int) -> None:
@@ -369,12 +365,18 @@ def _load(run: Run) -> Any:
     run.life.beat("load")
     try:
         with _usage():
-            return LLM(args.model, loading=loading, beat=run.life.beat, **engine_options(args))
+            llm = LLM(args.model, loading=loading, beat=run.life.beat, **engine_options(args))
     except UserError as error:
         virtual = jax.default_backend() == "cpu" and args.cpu_devices is None and "devices, found" in str(error)
         raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}") from error
     finally:
         bar.close()
+    if shown and launch is not None:
+        stats = llm.engine.stats
+        rate = stats.load_bytes / stats.load_seconds
+        size = f"{stats.load_bytes / 1e9:.3f} GB in {stats.load_seconds:.2f} s ({rate / 1e9:.1f} GB/s)"
+        print(f"{PROGRAM}: {name}: rank {launch.process_id} has its {size}", file=sys.stderr)
+    return llm
 
 
 def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:

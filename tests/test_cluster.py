@@ -133,6 +133,15 @@ def test_two_processes_meet_and_part():
     assert all(out.endswith("6\n") for _, out, _ in both), both  # the collectives' library prints before it
 
 
+@pytest.mark.slow
+def test_who_waits_for_a_late_rank_hears_that_all_is_well():
+    address = f"127.0.0.1:{free_port()}"
+    early = [rank(address, 0, dead=1.5)]
+    time.sleep(5)
+    ends = [finished(each) for each in [rank(address, 1, dead=1.5), *early]]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+
+
 def test_absent_coordinator_is_named():
     address = f"127.0.0.1:{free_port()}"
     status, _, err = finished(rank(address, 1, start=1))

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -41,8 +40,8 @@ class Hub:
     """`run` serves until the run is over and returns the verdict: status 0 when all workers ended well, or were stopped
     by a signal."""
 
-    def __init__(self, launch: Launch, limits: Limits, pulse: Pulse, facts: dict[str, str], say: Callable[[str], None]):
-        self._launch, self._limits, self._pulse, self._facts, self._say = launch, limits, pulse, facts, say
+    def __init__(self, launch: Launch, limits: Limits, pulse: Pulse, facts: dict[str, str]):
+        self._launch, self._limits, self._pulse, self._facts = launch, limits, pulse, facts
         self._members: dict[int, Member] = {}
         self._began = time.monotonic()
         self._stopped = 0.0  # when the signal came
@@ -63,6 +62,7 @@ class Hub:
                 await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
             self._wake.clear()
             self._forgive(time.monotonic() - before)
+            self._ping()
             verdict = self._refused or (self._watch() if self._started else self._gather(coordinator))
             if verdict:
                 return verdict
@@ -78,6 +78,14 @@ class Hub:
             await asyncio.sleep(0.02)
         gone = self._refused_ranks | {0} | {member.rank.process_id for member in others if member.rank.lost}
         return [place for place in range(self._launch.num_processes) if place not in gone]
+
+    def _ping(self) -> None:
+        """Tells everybody that this process lives: from the first rank on, not only when all are there."""
+        now = time.monotonic()
+        if now - self._pinged > min(PING_SECONDS, self._limits.dead / 4):
+            self._pinged = now
+            for member in self._members.values():
+                member.peer.send("ping")
 
     def _gather(self, coordinator: str) -> Verdict | None:
         count = self._launch.num_processes
@@ -112,10 +120,6 @@ class Hub:
         for member in self._members.values():
             rank = member.rank
             rank.silent, rank.age, rank.ended_for = now - member.heard, now - member.beat, now - member.ended
-        if now - self._pinged > min(PING_SECONDS, self._limits.dead / 4):
-            self._pinged = now
-            for member in self._members.values():
-                member.peer.send("ping")
         if all(rank.ended == 0 for rank in ranks):
             return Verdict((), "", status=0)
         return self._stop(ranks, now) or judge(ranks, self._limits)

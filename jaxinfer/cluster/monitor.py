@@ -103,6 +103,7 @@ class Monitor:
         self._oom_kills = oom_kills()
         self._memory = ""
         self._peer: Peer | None = None
+        self._hub: hubs.Hub | None = None
 
     async def run(self, listening: socket.socket | None) -> int:
         loop = asyncio.get_running_loop()
@@ -112,9 +113,9 @@ class Monitor:
         self._reap()
         if listening is None:
             return await self._follow()
+        hub = self._hub = hubs.Hub(self._launch, self._limits, self._pulse, self._facts)
         following = asyncio.create_task(self._follow())
         kept = hubs.reserve_port()
-        hub = hubs.Hub(self._launch, self._limits, self._pulse, self._facts, self._say)
         host = f"[{self._launch.host}]" if ":" in self._launch.host else self._launch.host
         verdict = await hub.run(listening, f"{host}:{kept.getsockname()[1]}")
         await self._conclude(hub, verdict)
@@ -139,7 +140,7 @@ class Monitor:
         peer = await self._connect()
         if peer is None:
             self._kill()
-            return 2
+            return 0 if self._signal else 2
         self._peer = peer
         if self._signal:
             peer.send("signal", number=self._signal)
@@ -185,7 +186,7 @@ class Monitor:
     async def _connect(self) -> Peer | None:
         """Finds process 0 and says hello; None after the bound for the start."""
         launch, began, said, error = self._launch, time.monotonic(), False, ""
-        while self._ended is None:
+        while self._ended is None and not self._signal:
             try:
                 host = "127.0.0.1" if launch.process_id == 0 else launch.host
                 peer = Peer(
@@ -289,7 +290,9 @@ class Monitor:
         if self._signal and number == signal.SIGTERM == self._signal:
             return  # Slurm repeats it
         self._signal = self._signal or number
-        if self._peer:
+        if self._hub:
+            self._hub.signalled(number)
+        elif self._peer:
             self._peer.send("signal", number=number)
 
     def _say(self, text: str) -> None:
