@@ -217,7 +217,8 @@ def test_an_error_in_one_thread_stops_the_others(many, tmp_path, threads):
 
     with pytest.raises(RuntimeError, match="no memory on the device"):
         fill(reader, [whole_leaf(reader, name) for name in names], place, threads)
-    assert 16 <= len(reader.asked) <= 16 + 6 * threads, "of 192"
+    # the others stop at their next file, once this process's main thread has had its turn
+    assert 16 <= len(reader.asked) <= 128, "of 192"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 

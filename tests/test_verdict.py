@@ -25,33 +25,34 @@ def test_all_is_well():
 
 def test_who_waits_for_a_busy_rank_is_not_late():
     assert blamed(rank(0, age=200, waits=True), rank(1, phase="load", age=200)) is None
-    assert blamed(rank(0, age=301, waits=True), rank(1, phase="load", age=301)) == (1,)
-    assert blamed(rank(0, age=61, waits=True), rank(1, age=61)) == (1,)
+    assert blamed(rank(0, age=302, waits=True), rank(1, phase="load", age=302)) == (1,)
+    assert blamed(rank(0, age=62, waits=True), rank(1, age=62)) == (1,)
 
 
 def test_when_all_wait_the_one_behind_is_to_blame():
-    assert blamed(rank(0, step=8, age=61, waits=True), rank(1, step=7, age=61, waits=True)) == (1,)
-    assert blamed(rank(0, age=61, waits=True), rank(1, age=61, waits=True)) == (0, 1)
+    assert blamed(rank(0, step=8, age=62, waits=True), rank(1, step=7, age=62, waits=True)) == (1,)
+    assert blamed(rank(0, age=62, waits=True), rank(1, age=62, waits=True)) == (0, 1)
     # one that has just begun to wait may still be served
-    assert blamed(rank(0, age=61, waits=True), rank(1, age=5, waits=True)) is None
+    assert blamed(rank(0, age=62, waits=True), rank(1, age=5, waits=True)) is None
     # the others are done: whom does it wait for?
-    assert blamed(rank(0, ended=0), rank(1, age=61, waits=True)) == (1,)
+    assert blamed(rank(0, ended=0), rank(1, age=62, waits=True)) == (1,)
 
 
 def test_a_stopped_process_is_the_plainest_cause():
-    ranks = (rank(0, step=6, age=61, waits=True), rank(1, age=61, waits=True, state="T"), rank(2, age=61))
+    ranks = (rank(0, step=6, age=62, waits=True), rank(1, age=62, waits=True, state="T"), rank(2, age=62))
     assert blamed(*ranks) == (1,)
     assert judge(ranks, LIMITS).stuck
 
 
 def test_texts_name_rank_host_gpu_phase_and_step():
-    stuck = judge([rank(2, age=61)], LIMITS).text
+    stuck = judge([rank(2, age=62)], LIMITS).text
     assert stuck == (
-        "rank 2/4 on node2 (GPU 0: X) is stuck in decode, step 7: no progress for 61 s (bound 60 s, --stuck-s)"
+        "rank 2/4 on node2 (GPU 0: X) is stuck in decode, step 7: no progress for 62 s (bound 60 s, --stuck-s)"
     )
-    assert "--load-stuck-s" in judge([rank(2, phase="load", age=301)], LIMITS).text
+    assert "--load-stuck-s" in judge([rank(2, phase="load", age=302)], LIMITS).text
     killed = judge([rank(1, ended=-signal.SIGKILL, memory="by hand")], LIMITS)
     assert killed.text == "rank 1/4 on node1 (GPU 0: X) died in decode, step 7: killed by signal 9 (SIGKILL); by hand"
+    assert judge([rank(1, silent=9, age=65)], LIMITS) is None  # it may have made progress since its last word
     assert "no sign of life for 11 s" in judge([rank(1, silent=11)], LIMITS).text
 
 

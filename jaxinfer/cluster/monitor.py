@@ -60,7 +60,9 @@ def supervise(launch: Launch, limits: Limits, program: str, facts: dict[str, str
         if launch.process_id == 0:
             listening = hubs.listen(launch.port, name)
     except ClusterError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        cancel_step(launch, signal.SIGTERM)  # the others look for this process in vain
         end(2)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -299,10 +301,10 @@ class Monitor:
         print(f"{self._program}: {text}", file=sys.stderr, flush=True)
 
 
-def cancel_step(launch: Launch) -> None:
-    """Has Slurm end a step in which a rank no longer answers: nothing else reaches a monitor that is stopped."""
+def cancel_step(launch: Launch, number: signal.Signals = signal.SIGKILL) -> None:
+    """Has Slurm signal every task of the step: nothing else reaches a monitor that is stopped or not connected."""
     if launch.step and shutil.which("scancel"):
-        command = ["scancel", "--signal=KILL", launch.step]
+        command = ["scancel", f"--signal={number.name.removeprefix('SIG')}", launch.step]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             subprocess.run(command, timeout=20, capture_output=True, check=False)
 

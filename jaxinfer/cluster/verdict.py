@@ -109,7 +109,8 @@ def _silent(ranks: Sequence[Rank], limits: Limits) -> Verdict | None:
 def _stuck(ranks: Sequence[Rank], limits: Limits) -> Verdict | None:
     """A rank inside JAX may only wait for another: it is to blame when nobody else can be."""
     running = [rank for rank in ranks if rank.ended is None and rank.silent is not None]
-    overdue = [rank for rank in running if rank.age > limits.of(rank.phase)]
+    # as of its last word: of a silent rank nothing newer is known
+    overdue = [rank for rank in running if rank.age - rank.silent > limits.of(rank.phase)]
     busy = [rank for rank in running if not rank.waits or rank.state == "T"]
     if busy:
         blamed = [rank for rank in overdue if rank in busy]
