@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -349,10 +348,12 @@ def _load(run: Run) -> Any:
 
     from jaxinfer.llm import LLM
 
-    args, launch = run.args, run.launch
-    # one line per node: what its first process does stands for all
-    shown = launch is None or launch.first_on_node
-    name = f"load on {socket.gethostname()}" if launch is not None and launch.num_processes > 1 else "load"
+    args = run.args
+    run.life.beat("load")
+    hosts = distributed.hosts()
+    place = jax.process_index()
+    shown = hosts.index(hosts[place]) == place  # one line per node: what its first process does stands for all
+    name = f"load on {hosts[place]}" if len(hosts) > 1 else "load"
     bar = Progress(name, "B", shown=shown, scale=True)
     pieces = 0
 
@@ -362,7 +363,6 @@ def _load(run: Run) -> Any:
         run.life.beat("load", pieces)
         bar.to(done, total)
 
-    run.life.beat("load")
     try:
         with _usage():
             llm = LLM(args.model, loading=loading, beat=run.life.beat, **engine_options(args))
@@ -371,11 +371,11 @@ def _load(run: Run) -> Any:
         raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}") from error
     finally:
         bar.close()
-    if shown and launch is not None:
+    if shown and len(hosts) > 1:
         stats = llm.engine.stats
         rate = stats.load_bytes / stats.load_seconds
         size = f"{stats.load_bytes / 1e9:.3f} GB in {stats.load_seconds:.2f} s ({rate / 1e9:.1f} GB/s)"
-        print(f"{PROGRAM}: {name}: rank {launch.process_id} has its {size}", file=sys.stderr)
+        print(f"{PROGRAM}: {name}: rank {place} has its {size}", file=sys.stderr)
     return llm
 
 

@@ -162,11 +162,67 @@ def test_an_exception_ends_all_and_says_who():
     assert err.splitlines()[-1] == f"test: rank 1/2 on {socket.gethostname()} failed in start: RuntimeError: lost it"
 
 
+def wait_until_gone(pid: int) -> None:
+    until = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, f"process {pid} still runs"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_an_error_that_follows_waits_for_its_cause():
+    address = f"127.0.0.1:{free_port()}"
+    first = rank(address, 0, "time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)")
+    follows = "import jax; raise jax.errors.JaxRuntimeError('Connection closed by peer')"
+    status, _, err = finished(rank(address, 1, follows))
+    assert status == 1
+    assert "Traceback" not in err
+    assert "rank 0/2" in finished(first)[2].splitlines()[-1]
+
+
+STEPS = """
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    ones = jax.make_array_from_callback((4,), NamedSharding(mesh, P("x")), lambda index: np.ones(4)[index])
+    together = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=P("x"), out_specs=P()))
+    together(ones).block_until_ready()
+    print("here", flush=True)
+    step, seen = 0, {}
+    while "quit" not in seen:
+        pulse.beat("decode", step, True)
+        seen.setdefault(pulse.poll(step), step)
+        together(ones).block_until_ready()
+        step += 1
+    print(seen, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_signal_reaches_all_at_the_same_step():
+    """Steps are much faster here than the monitors talk."""
+    address = f"127.0.0.1:{free_port()}"
+    both = [rank(address, each, STEPS, grace=1) for each in (0, 1)]
+    for each in both:
+        while each.stdout.readline() != "here\n":
+            pass
+    time.sleep(0.5)
+    both[1].send_signal(signal.SIGUSR1)
+    ends = [finished(each) for each in both]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    seen = [out.splitlines()[-1] for _, out, _ in ends]
+    assert seen[0] == seen[1]
+    assert 0 < eval(seen[0])["drain"] < eval(seen[0])["quit"]
+
+
 @pytest.mark.slow
 def test_the_end_of_process_0_ends_the_others():
     address = f"127.0.0.1:{free_port()}"
     waits = rank(address, 1, "time.sleep(300)")
-    assert finished(rank(address, 0, "os.kill(os.getppid(), signal.SIGKILL); time.sleep(300)"))[0] == -signal.SIGKILL
+    end = "print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGKILL); time.sleep(300)"
+    status, out, _ = finished(rank(address, 0, end))
+    assert status == -signal.SIGKILL
+    wait_until_gone(int(out.splitlines()[-1]))  # the worker does not outlive its monitor
     status, _, err = finished(waits)
     assert status == 1
     assert "lost rank 0 on 127.0.0.1 in start, step 0: its process or its node is gone, or stopped" in err

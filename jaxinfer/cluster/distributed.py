@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 from typing import Any
 
 from jaxinfer.cluster.launch import Launch
@@ -44,8 +45,16 @@ def leave() -> None:
     """Ends JAX's part when every process is here."""
     import jax
 
-    if jax.process_count() > 1:
+    if jax.process_count() == 1:
+        return
+    # its threads complain that they are cancelled, at the end of every good run
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
         jax.distributed.shutdown()
+    finally:
+        os.dup2(kept, 2)
 
 
 def _bypass_proxies(host: str) -> None:

@@ -21,7 +21,6 @@ class Launch:
       hosts: of each process, as far as it is known before they meet ("" where not).
       run: tells this run from others that might use the same port.
       step: ``job.step`` for scancel; None outside of Slurm.
-      first_on_node: whether no process with a lower id shares the node.
     """
 
     host: str
@@ -32,7 +31,6 @@ class Launch:
     hosts: tuple[str, ...]
     run: str
     step: str | None = None
-    first_on_node: bool = True
 
     @property
     def name(self) -> str:
@@ -71,7 +69,6 @@ def find_launch(
         hosts=tuple(host for host, count in zip(step.hosts, step.tasks) for _ in range(count)),
         run=step.run,
         step=f"{step.job}.{step.step}",
-        first_on_node=step.local == 0,
     )
 
 
