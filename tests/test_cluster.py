@@ -201,14 +201,16 @@ STEPS = """
 
 @pytest.mark.slow
 def test_a_stop_signal_reaches_all_at_the_same_step():
-    """Steps are much faster here than the monitors talk."""
+    """Although the monitor of rank 1 hears of it a thousand steps late."""
     address = f"127.0.0.1:{free_port()}"
     both = [rank(address, each, STEPS, grace=1) for each in (0, 1)]
     for each in both:
         while each.stdout.readline() != "here\n":
             pass
-    time.sleep(0.5)
-    both[1].send_signal(signal.SIGUSR1)
+    both[1].send_signal(signal.SIGSTOP)
+    both[0].send_signal(signal.SIGUSR1)
+    time.sleep(1)
+    both[1].send_signal(signal.SIGCONT)
     ends = [finished(each) for each in both]
     assert [status for status, _, _ in ends] == [0, 0], ends
     seen = [json.loads(out.splitlines()[-1]) for _, out, _ in ends]
