@@ -207,6 +207,7 @@ def test_a_stop_signal_reaches_all_at_the_same_step():
     for each in both:
         while each.stdout.readline() != "here\n":
             pass
+    time.sleep(1)  # until the monitors have told that both are in decode
     both[1].send_signal(signal.SIGSTOP)
     both[0].send_signal(signal.SIGUSR1)
     time.sleep(1)
