@@ -87,7 +87,7 @@ def test_fault_ends_the_job_and_names_the_rank(slurm_bed, checkpoint, tmp_path, 
     assert phase == "start" or "(CPU 0: cpu)" in last
     assert ended - began < bound + SLACK
     if fault in ("stop", "hang"):
-        assert "the stacks of its process" in logs[rank] and "in faulty_beat" in logs[rank], logs[rank]
+        assert "the stacks of its process" in logs[rank] and "faulty_generate.py" in logs[rank], logs[rank]
     assert not slurm_bed.stray()
 
 
