@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 DTYPES = ("bfloat16", "float16", "float32")
+KERNELS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class EngineConfig:
         slots are refilled as fast as they fall free.
       max_context: prompt and output tokens of one request; None takes the model's.
       load_threads: threads of each process that read the checkpoint; None takes its cores, at most 8.
+      kernels: ``on``, ``off``, or ``auto``: on where the GPU can run them.
       seed: of requests that bring none.
     """
 
@@ -39,6 +41,7 @@ class EngineConfig:
     prefill_ticks: int | None = None
     max_context: int | None = None
     load_threads: int | None = None
+    kernels: str = "auto"
     seed: int = 0
 
     def __post_init__(self):
@@ -51,6 +54,8 @@ class EngineConfig:
             raise ValueError(f"max_context: {self.max_context} is below 2")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction: {self.memory_fraction} is not in (0, 1]")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels: {self.kernels!r} is not one of {', '.join(KERNELS)}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
 

@@ -59,7 +59,7 @@ class Engine:
         check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, rules, sizes)
         self.stage_layers = config.stage_layers or balance(model.num_layers, sizes["stage"])
         check_stage_layers(self.stage_layers, model.num_layers, sizes["stage"])
-        decoder = Decoder(model, self.stage_layers)
+        decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, jax.local_devices()[0]))
         limit = min(map(device_limit, jax.local_devices()))
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
         self.tokenizer = load_tokenizer(self.path)
@@ -263,6 +263,15 @@ class Engine:
         embed = params["ends"]["embed"].addressable_data(0).nbytes
         self._weight_bytes_per_tick = self.memory.weights - (0 if self.model.tied else embed)
         return params
+
+
+def _kernels(wanted: str, device: jax.Device) -> str:
+    """What `Decoder` takes: Triton needs compute capability 8.0, and on a CPU the kernels can only be interpreted."""
+    capability = getattr(device, "compute_capability", "").replace(".", "")
+    able = capability.isdigit() and float(device.compute_capability) >= 8
+    if wanted == "off" or (wanted == "auto" and not able):
+        return "off"
+    return "on" if able else "interpret"
 
 
 def _phase(dispatch: PrefillTick | DecodeBlock) -> str:

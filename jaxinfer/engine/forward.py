@@ -13,6 +13,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.llama import Ends, Layer
 from jaxinfer.ops import rope
 from jaxinfer.ops.attention import paged_attention, write_pages
+from jaxinfer.ops.decode_attention import decode_attention
 from jaxinfer.parallel.placement import Parameter
 from jaxinfer.parallel.stages import slots
 
@@ -26,6 +27,7 @@ class Decoder:
 
     config: ModelConfig
     stage_layers: tuple[int, ...]
+    kernels: str = "off"  # on, off, or interpret: the kernels' own code, slowly, without a GPU
 
     @cached_property
     def slots(self) -> list[tuple[int | None, ...]]:
@@ -72,7 +74,10 @@ class Decoder:
                     written.append(write_pages(k_pool[0, 0], k, tables, positions))
                     written.append(write_pages(v_pool[0, 0], v, tables, positions))
                     with jax.named_scope("paged_attention"):
-                        return paged_attention(q, *written, tables, positions, window)
+                        if self.kernels == "off" or q.shape[1] > 1:
+                            return paged_attention(q, *written, tables, positions, window)
+                        interpret = self.kernels == "interpret"
+                        return decode_attention(q, *written, tables, positions, window, interpret)
 
                 x = layer(x, cos, sin, attend)
                 return x, written[0][None, None], written[1][None, None]

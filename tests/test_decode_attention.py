@@ -1,0 +1,65 @@
+"""The decode attention kernel against its plain form: the kernel's own code, interpreted where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import ON_GPU
+from convert.run import convert
+from engine_run import make_engine, run, tokens
+from hf_models import make_hf_folder
+from jaxinfer.engine.params import SamplingParams
+from jaxinfer.ops.attention import paged_attention
+from jaxinfer.ops.decode_attention import decode_attention
+
+
+def case(seed, batch, kv_heads, group, width, page_size, pages, dtype):
+    draw = np.random.default_rng(seed)
+    count = batch * pages + 1
+    q = jnp.array(draw.normal(size=(batch, 1, kv_heads * group, width)), dtype)
+    pools = [jnp.array(draw.normal(size=(count, page_size, kv_heads, width)), dtype) for _ in range(2)]
+    tables = jnp.array(draw.permutation(count - 1)[: batch * pages].reshape(batch, pages) + 1, jnp.int32)
+    positions = jnp.array(draw.integers(-1, pages * page_size, size=(batch, 1)), jnp.int32)
+    return q, *pools, tables, positions
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 8]),
+    width=st.sampled_from([16, 64, 100, 128]),
+    page_size=st.sampled_from([4, 16]),
+    pages=st.integers(1, 12),
+    window=st.sampled_from([None, 1, 7, 40]),
+)
+def test_equals_the_plain_form(seed, batch, kv_heads, group, width, page_size, pages, window):
+    arguments = case(seed, batch, kv_heads, group, width, page_size, pages, jnp.float32)
+    expected = paged_attention(*arguments, window)
+    found = decode_attention(*arguments, window, interpret=not ON_GPU)
+    # on a GPU Triton multiplies float32 in tf32
+    np.testing.assert_allclose(found, expected, atol=2e-3 if ON_GPU else 2e-6)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_bfloat16_is_close_to_float32(group):
+    arguments = case(1, 3, 2, group, 128, 16, 20, jnp.bfloat16)
+    wide = [each.astype(jnp.float32) if each.dtype == jnp.bfloat16 else each for each in arguments]
+    found = decode_attention(*arguments, jnp.int32(200), interpret=not ON_GPU)
+    np.testing.assert_allclose(found.astype(jnp.float32), paged_attention(*wide, 200), atol=0.02)
+
+
+@pytest.mark.slow
+def test_engine_with_and_without_kernels(tmp_path):
+    make_hf_folder(tmp_path / "hf", num_hidden_layers=2)
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    prompts = {str(length): [3 + (7 * i) % 90 for i in range(length)] for length in (1, 20, 45)}
+    params = {name: SamplingParams(max_new_tokens=12, ignore_eos=True) for name in prompts}
+    found = [
+        tokens(run(make_engine(tmp_path / "ckpt", "stage=2", kernels=each), prompts, params)) for each in ("on", "off")
+    ]
+    assert found[0] == found[1]
