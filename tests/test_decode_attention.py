@@ -1,6 +1,5 @@
 """The decode attention kernel against its plain form: the kernel's own code, interpreted where there is no GPU."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
