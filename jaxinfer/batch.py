@@ -13,6 +13,7 @@ from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import Writer, beside, output_line, write_json
 from jaxinfer.telemetry.metrics import RunMetrics
+from jaxinfer.telemetry.profile import Profile
 from jaxinfer.telemetry.progress import Progress
 
 Life = Pulse | Alone
@@ -36,11 +37,13 @@ def run_batch(
     first: bool,
     shows: bool,
     counts: dict[str, int],
+    profile: Profile | None = None,
 ) -> dict[str, Any]:
     """Runs `requests`, which `llm` has, and returns the figures; only the `first` process writes and shows.
 
     After a stop signal it lets nothing new begin, finishes what it can in time and puts the rest back: nothing of a
-    request that has not finished stays in the output, so that the same command does it again.
+    request that has not finished stays in the output, so that the same command does it again. `profile` traces some of
+    the steps.
 
     Raises:
       OutputError: the disk does not take a result; what was written before is whole.
@@ -64,9 +67,11 @@ def run_batch(
         bar.update(int(done is not None and not left[update.request_id]), len(update.token_ids))
 
     try:
-        _steps(llm, life, take)
+        _steps(llm, life, take, profile)
     finally:
         bar.close()
+        if profile is not None:
+            profile.close()
         if writer is not None:
             writer.close()
     number = life.stop_signal()
@@ -81,9 +86,11 @@ def run_batch(
     return summary
 
 
-def _steps(llm: LLM, life: Life, take: Callable[[Update], None]) -> None:
+def _steps(llm: LLM, life: Life, take: Callable[[Update], None], profile: Profile | None) -> None:
     engine, drains = llm.engine, False
     while engine.has_unfinished():
+        if profile is not None:
+            profile.before(engine.steps)
         order = life.poll(engine.steps)
         if order == "quit":
             break

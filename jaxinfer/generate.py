@@ -27,6 +27,7 @@ from jaxinfer.options import (
     add_engine_options,
     add_limit_options,
     add_place_options,
+    add_profile_options,
     add_sampling_options,
     engine_options,
     limits,
@@ -136,6 +137,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_place_options(parser)
     add_engine_options(parser)
     add_sampling_options(parser, "sampling, for lines that do not say otherwise")
+    add_profile_options(parser)
     add_limit_options(parser)
     with _once():
         return _checked(parser, parser.parse_args(argv))
@@ -383,6 +385,7 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
     """Loads the model, runs the records, writes what comes of them; a bad record gives way to its error in `todo`."""
     from jaxinfer.batch import run_batch
     from jaxinfer.telemetry.metrics import show
+    from jaxinfer.telemetry.profile import Profile
 
     args = run.args
     llm = _load(run)
@@ -402,12 +405,31 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
     output = None if args.output is None else Path(args.output)
     counts = {"already finished": already, "bad lines": len(todo) - len(requests)}
     shows = run.first and (args.print or output is None)
-    summary = run_batch(llm, requests, run.life, output, run.first, shows, counts)
+    profile = None
+    if args.profile is not None:
+        rank = 0 if run.launch is None else run.launch.process_id
+        with _usage():
+            profile = Profile(Path(args.profile), *args.profile_steps, rank)
+    summary = run_batch(llm, requests, run.life, output, run.first, shows, counts, profile)
     if run.first:
         show(summary, counts)
+    if profile is not None:
+        _show_profile(run, profile, llm.engine.steps)
     if summary["stopped_by"]:
         left = f"{summary['unfinished']:,} of {len(requests):,} requests are left"
         run.say(f"stopped by {summary['stopped_by']}: {left}; the same command does the rest")
+
+
+def _show_profile(run: Run, profile: Any, steps: int) -> None:
+    from jaxinfer.telemetry.profile import summary
+
+    if not profile.traced:
+        first = run.args.profile_steps[0]
+        run.say(f"WARNING: nothing was traced: the run had {steps} steps, --profile-steps begins at {first}")
+    elif run.first:
+        for line in summary(profile.folder):
+            run.say(f"profile of rank 0, {line}")
+        run.say(f"traces: tensorboard --logdir {run.args.profile}")
 
 
 def _write_errors(run: Run, todo: list[InputRecord | InputError]) -> None:

@@ -42,6 +42,24 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_profile_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("profiling")
+    what = "write an XLA trace of some steps, a folder per process, for tensorboard --logdir DIR"
+    group.add_argument("--profile", metavar="DIR", help=what)
+    what = "which steps, from 0: a dispatch each, the early ones compile (default: 20:30)"
+    group.add_argument("--profile-steps", type=_steps, default=(20, 30), metavar="FIRST:LAST", help=what)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    try:
+        first, last = (int(each) for each in text.split(":"))
+    except ValueError:
+        first, last = 0, -1
+    if not 0 <= first <= last:
+        raise argparse.ArgumentTypeError(f"found {text!r}, legal is FIRST:LAST, 20:30 say")
+    return first, last
+
+
 def add_limit_options(parser: argparse.ArgumentParser) -> None:
     """The fields of `Limits`, in seconds."""
     group = parser.add_argument_group("bounds in seconds, after which the run ends and says which rank it was")

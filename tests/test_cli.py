@@ -224,7 +224,7 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     one = tokens(tmp_path / "one.jsonl")
     out = tmp_path / "two.jsonl"
 
-    def pair() -> list[str]:
+    def pair(*more) -> list[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -240,7 +240,7 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
         )
         both = [
             subprocess.Popen(
-                command(*arguments, "--output", out, *where, "--process-id", rank),
+                command(*arguments, "--output", out, *where, *more, "--process-id", rank),
                 cwd=ROOT,
                 env=environment(),
                 stdout=subprocess.PIPE,
@@ -253,7 +253,10 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
         assert [each.returncode for each in both] == [0, 0], errors
         return errors
 
-    first, second = pair()
+    profile = tmp_path / "profile"
+    first, second = pair("--profile", profile, "--profile-steps", "3:5")
+    assert len(list(profile.glob("rank-*/**/*.xplane.pb"))) == 2
+    assert re.search(r"profile of rank 0, /host:CPU: [\d.]+ ms, computing [\d.]+%, .* [\d,]+ kernels", first)
     assert tokens(out) == one
     assert "output tokens/s" in first and "output tokens/s" not in second
     assert json.loads((tmp_path / "two.run.json").read_text())["runs"][0]["devices"]["processes"] == 2
@@ -262,6 +265,11 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     out.write_text("".join(lines[: len(lines) // 2]))
     pair()
     assert tokens(out) == one
+
+
+def test_a_profile_of_steps_that_never_come(stories, tmp_path):
+    arguments = ("--model", stories, "--prompt", "Once", "--max-new-tokens", 2, "--profile", tmp_path / "p")
+    assert "WARNING: nothing was traced: the run had" in run(*arguments).stderr
 
 
 def test_text_on_the_screen(stories):
@@ -334,6 +342,8 @@ def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):
         ),
         (["--model", "{tiny}", "--prompts", "{empty}"], "there is no prompt in it"),
         (["--model", "{tiny}", "--prompt", "a", "--process-id", "0"], "belong together"),
+        (["--model", "{tiny}", "--prompt", "a", "--profile-steps", "7:5"], "legal is FIRST:LAST"),
+        (["--model", "{tiny}", "--prompts", "{ids}", "--profile", "/dev/null/x"], "/dev/null"),
         (["--model", "{tiny}", "--prompts", "{bad}", "--output", "{bad}"], "--output is the file of prompts"),
         (["--model", "{tiny}", "--prompts", "{bad}", "--output", "/dev/null/x.jsonl"], "/dev/null"),
     ],
@@ -344,6 +354,7 @@ def test_mistakes_take_one_line(tiny, tmp_path, monkeypatch, capsys, arguments, 
         "tiny": tiny,
         "bad": write_lines(tmp_path / "bad.jsonl", [{"prompt_token_ids": [3]}, {"prompt": 5}]),
         "text": write_lines(tmp_path / "text.txt", [b"some text"]),
+        "ids": write_lines(tmp_path / "ids.jsonl", [{"prompt_token_ids": [3]}]),
         "out": tmp_path / "out.jsonl",
         "empty": write_lines(tmp_path / "empty.jsonl", [b" "]),
     }
