@@ -96,7 +96,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     config = EngineConfig()
     group.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache (default: the checkpoint's)")
-    what = "hand-written GPU kernels (default: auto, where the GPU can run them)"
+    what = "hand-written GPU kernels (default: auto, where the GPU can run them and the dtype is not float32)"
     group.add_argument("--kernels", choices=KERNELS, default=config.kernels, help=what)
     group.add_argument("--stage-layers", metavar="N,N,...", help="layers per stage (default: balanced)")
     for name, what in (

@@ -1,5 +1,7 @@
 """The decode attention kernel against its plain form: the kernel's own code, interpreted where there is no GPU."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from conftest import ON_GPU
 from convert.run import convert
 from engine_run import make_engine, run, tokens
 from hf_models import make_hf_folder
+from jaxinfer.engine.engine import _kernels
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.ops.attention import paged_attention
 from jaxinfer.ops.decode_attention import decode_attention
+from jaxinfer.parallel.mesh import LayoutError
 
 
 def case(seed, batch, kv_heads, group, width, page_size, pages, dtype):
@@ -50,6 +54,19 @@ def test_bfloat16_is_close_to_float32(group):
     wide = [each.astype(jnp.float32) if each.dtype == jnp.bfloat16 else each for each in arguments]
     found = decode_attention(*arguments, jnp.int32(200), interpret=not ON_GPU)
     np.testing.assert_allclose(found.astype(jnp.float32), paged_attention(*wide, 200), atol=0.02)
+
+
+def test_where_kernels_run():
+    """Devices as JAX describes them: an H100, a T4, a CPU."""
+    hopper, turing, cpu = (SimpleNamespace(device_kind="X", **each) for each in (
+        {"compute_capability": "9.0"}, {"compute_capability": "7.5"}, {}))  # fmt: skip
+    half, full = jnp.dtype("float16"), jnp.dtype("float32")
+    assert [_kernels("auto", half, device) for device in (hopper, turing, cpu)] == ["on", "off", "off"]
+    assert _kernels("auto", full, hopper) == "off"
+    assert [_kernels("on", half, device) for device in (hopper, cpu)] == ["on", "interpret"]
+    assert _kernels("off", half, hopper) == "off"
+    with pytest.raises(LayoutError, match="X has 7.5; legal here: auto, off"):
+        _kernels("on", half, turing)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ class EngineConfig:
         slots are refilled as fast as they fall free.
       max_context: prompt and output tokens of one request; None takes the model's.
       load_threads: threads of each process that read the checkpoint; None takes its cores, at most 8.
-      kernels: ``on``, ``off``, or ``auto``: on where the GPU can run them.
+      kernels: ``on``, ``off``, or ``auto``: on where the GPU can run them and the dtype is not float32.
       seed: of requests that bring none.
     """
 

@@ -59,7 +59,7 @@ class Engine:
         check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, rules, sizes)
         self.stage_layers = config.stage_layers or balance(model.num_layers, sizes["stage"])
         check_stage_layers(self.stage_layers, model.num_layers, sizes["stage"])
-        decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, jax.local_devices()[0]))
+        decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, self.dtype, jax.local_devices()[0]))
         limit = min(map(device_limit, jax.local_devices()))
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
         self.tokenizer = load_tokenizer(self.path)
@@ -265,11 +265,17 @@ class Engine:
         return params
 
 
-def _kernels(wanted: str, device: jax.Device) -> str:
-    """What `Decoder` takes: Triton needs compute capability 8.0, and on a CPU the kernels can only be interpreted."""
-    capability = getattr(device, "compute_capability", "").replace(".", "")
-    able = capability.isdigit() and float(device.compute_capability) >= 8
-    if wanted == "off" or (wanted == "auto" and not able):
+def _kernels(wanted: str, dtype: Any, device: jax.Device) -> str:
+    """What `Decoder` takes: Triton needs compute capability 8.0 and multiplies float32 as tf32, which nobody who asked
+    for float32 wants; on a CPU the kernels can only be interpreted."""
+    capability = getattr(device, "compute_capability", "")
+    gpu = capability.replace(".", "").isdigit()
+    able = gpu and float(capability) >= 8
+    if wanted == "on" and gpu and not able:
+        raise LayoutError(
+            f"kernels: on needs compute capability 8.0, {device.device_kind} has {capability}; legal here: auto, off"
+        )
+    if wanted == "off" or (wanted == "auto" and not (able and dtype.itemsize == 2)):
         return "off"
     return "on" if able else "interpret"
 
