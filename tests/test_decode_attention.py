@@ -65,7 +65,7 @@ def test_where_kernels_run():
     assert _kernels("auto", full, hopper) == "off"
     assert [_kernels("on", half, device) for device in (hopper, cpu)] == ["on", "interpret"]
     assert _kernels("off", half, hopper) == "off"
-    with pytest.raises(LayoutError, match="X has 7.5; legal here: auto, off"):
+    with pytest.raises(LayoutError, match=r"X has 7\.5; legal here: auto, off"):
         _kernels("on", half, turing)
 
 
