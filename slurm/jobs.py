@@ -65,8 +65,9 @@ def state(job: str) -> State | None:
     return next((row for row in rows if row.name != "COMPLETED"), rows[0])
 
 
-def accounting(job: str, wait_s: float = 20.0) -> list[dict[str, str]]:
-    """A record for each attempt, task and step, once the last has ended; they come some seconds late.
+def accounting(job: str, tasks: int = 1, wait_s: float = 20.0) -> list[dict[str, str]]:
+    """A record for each attempt, task and step, once the last of the array's `tasks` has ended; they come some seconds
+    late.
 
     Raises:
       SlurmError: no sacct, no accounting, or nothing there after `wait_s`.
@@ -76,7 +77,8 @@ def accounting(job: str, wait_s: float = 20.0) -> list[dict[str, str]]:
         lines = _run("sacct", "--jobs", job, "--parsable2", "--duplicates", f"--format={FIELDS}").splitlines()
         names, *rows = [line.split("|") for line in lines] or [[]]
         records = [dict(zip(names, row)) for row in rows]
-        if records and all(record["End"] != "Unknown" for record in records):
+        known = {record["JobID"] for record in records if "." not in record["JobID"]}
+        if len(known) >= tasks and all(record["End"] != "Unknown" for record in records):
             return records
         if time.monotonic() > until:
             raise SlurmError(f"sacct has no end of job {job} after {wait_s:.0f} s")

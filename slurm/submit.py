@@ -172,7 +172,7 @@ def _follow(run: Path, poll_s: float) -> int:
         print(f"\njob {job} goes on. Follow it: python -m {PROGRAM} --follow {run}   end it: scancel {job}",
               file=sys.stderr)  # fmt: skip
         return 130
-    state = _account(run, job, state)
+    state = _account(run, job, told["shards"] or 1, state)
     complete = _merge(run, told, outputs) if told["shards"] else _complete(run, outputs[0], told)
     _draw(run, [path for path in outputs if path.exists()])
     if state.name not in ("COMPLETED", "UNKNOWN") or not complete:
@@ -195,10 +195,10 @@ def _outputs(run: Path, count: int | None) -> list[Path]:
     return [run / "out.jsonl"] if count is None else [run / "parts" / f"{shard}.jsonl" for shard in range(count)]
 
 
-def _account(run: Path, job: str, state: jobs.State) -> jobs.State:
+def _account(run: Path, job: str, tasks: int, state: jobs.State) -> jobs.State:
     """Keeps the accounting; the state from there if the queue has forgotten the job."""
     try:
-        records = jobs.accounting(job)
+        records = jobs.accounting(job, tasks)
     except jobs.SlurmError as error:
         print(f"{PROGRAM}: WARNING: no accounting: {error}", file=sys.stderr)
         return state

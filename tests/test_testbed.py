@@ -21,11 +21,11 @@ def traces(name: str) -> list[str]:
     found = [str(link) for link in REGISTRY.glob("*") if link.is_symlink() and link.readlink().name == name]
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            known = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
-        except OSError:
+            environ, command = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
             continue
-        if f"slurm-testbed/{name}".encode() in known:
-            found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        if f"slurm-testbed/{name}".encode() in environ + command:
+            found.append(command.replace(b"\0", b" ").decode())
     return found
 
 
