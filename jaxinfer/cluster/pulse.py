@@ -12,7 +12,6 @@ from types import FrameType
 import attrs
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-PHASES = ("start", "load", "compile", "prefill", "decode", "end")
 DRAIN, QUIT = 1, 2
 # a monitor that wakes so much too late was itself suspended (scontrol suspend): the silence was its own
 PAUSE_SECONDS = 3.0
