@@ -303,6 +303,7 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     if args.output is None:
         return set()
     settings = {"model": checkpoint.hexdigest(), "dtype": args.dtype or manifest.dtype, "max_context": args.max_context}
+    settings["load_format"] = args.load_format
     flags = {name: value for name, value in vars(args).items() if value is not None}
     described = describe_run(__version__, flags, mesh, hosts)
     answer: dict[str, Any] = {}

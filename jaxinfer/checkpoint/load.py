@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.checkpoint.fill import Piece, fill
 from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.parallel.mesh import AXES, mesh_sizes
@@ -71,7 +72,12 @@ def load(
     Devices of this process that hold the same piece (data replicas) share it, and no chunk file is read twice. The
     bound on host memory, what `loading` is told and the errors are those of `fill`; beyond the bound, the CPU backend
     keeps the host's arrays as its own, without a copy.
+
+    Raises:
+      CheckpointError: beside those of `fill`, a checkpoint that was made without weights.
     """
+    if not reader.manifest.leaves:
+        raise CheckpointError(f"{reader.folder}: holds no weights; legal: load_format dummy, or convert a model")
     sizes = mesh_sizes(mesh)
     declared, tree = _flat(parameters)
     placed: list[list[jax.Array]] = [[] for _ in declared]

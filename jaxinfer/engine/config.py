@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 DTYPES = ("bfloat16", "float16", "float32")
 KERNELS = ("auto", "on", "off")
+LOAD_FORMATS = ("checkpoint", "dummy")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run: nothing here changes which tokens a request gets, `dtype` and `seed` excepted.
+    """How to run: nothing here changes which tokens a request gets, `dtype`, `load_format` and `seed` excepted.
 
     Attributes:
       mesh: sizes of the axes ``stage``, ``data``, ``tensor``; one left out is 1.
@@ -25,8 +26,9 @@ class EngineConfig:
         slots are refilled as fast as they fall free.
       max_context: prompt and output tokens of one request; None takes the model's.
       load_threads: threads of each process that read the checkpoint; None takes its cores, at most 8.
+      load_format: ``checkpoint``, or ``dummy``: random weights, with nothing read but the manifest (and a tokenizer).
       kernels: ``on``, ``off``, or ``auto``: on where the GPU can run them and the dtype is not float32.
-      seed: of requests that bring none.
+      seed: of requests that bring none, and of dummy weights.
     """
 
     mesh: Mapping[str, int] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class EngineConfig:
     prefill_ticks: int | None = None
     max_context: int | None = None
     load_threads: int | None = None
+    load_format: str = "checkpoint"
     kernels: str = "auto"
     seed: int = 0
 
@@ -54,6 +57,8 @@ class EngineConfig:
             raise ValueError(f"max_context: {self.max_context} is below 2")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction: {self.memory_fraction} is not in (0, 1]")
+        if self.load_format not in LOAD_FORMATS:
+            raise ValueError(f"load_format: {self.load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels: {self.kernels!r} is not one of {', '.join(KERNELS)}")
         if self.dtype not in (None, *DTYPES):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
+from jaxinfer.checkpoint.dummy import random_params
 from jaxinfer.checkpoint.load import default_threads, load
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.checkpoint.reader import Reader
@@ -255,8 +256,12 @@ class Engine:
 
     def _load(self, decoder: Decoder, rules: Rules, loading: Callable[[int, int], None]) -> Any:
         began, reader = time.perf_counter(), Reader(self.path, self.manifest)
-        threads = self.config.load_threads or default_threads()
-        params = load(reader, decoder.parameters(), self.mesh, rules, np.dtype(self.dtype), threads, loading)
+        parameters, dtype = decoder.parameters(), np.dtype(self.dtype)
+        if self.config.load_format == "dummy":
+            params = random_params(parameters, self.mesh, rules, dtype, self.config.seed, loading)
+        else:
+            threads = self.config.load_threads or default_threads()
+            params = load(reader, parameters, self.mesh, rules, dtype, threads, loading)
         self.stats.load_seconds = time.perf_counter() - began
         self.stats.load_bytes = reader.bytes_read
         # a decode tick reads every weight on the device, but of an untied embedding only a row per sequence

@@ -1,0 +1,97 @@
+"""Random weights in place of a checkpoint's: --load-format dummy."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from convert.dummy import write_dummy
+from engine_run import make_engine, run, tokens
+from jaxinfer.checkpoint.dummy import random_params
+from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.forward import Decoder
+from jaxinfer.engine.params import SamplingParams
+from jaxinfer.generate import main
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+from jaxinfer.parallel.placement import Rules, global_shape
+
+TINY = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+}
+PROMPTS = {"a": [5, 6, 7], "b": [9] * 20}
+GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dummy") / "ckpt"
+    write_dummy(TINY, folder, "float32")
+    return folder
+
+
+def test_the_same_mesh_and_seed_give_the_same_tokens(folder):
+    first, again = (tokens(run(make_engine(folder, "tensor=2", load_format="dummy"), PROMPTS, GREEDY)) for _ in "ab")
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+    assert all(len(ids) == 8 and max(ids) < 131 for ids in first.values())
+    assert first == again
+
+
+def test_arrays_have_their_places_and_no_two_are_the_same(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    decoder, mesh, rules = (
+        Decoder(ModelConfig.from_json(manifest["model"]), (2, 1)),
+        make_mesh(parse_mesh("stage=2")),
+        Rules(),
+    )
+    told = []
+    params = random_params(decoder.parameters(), mesh, rules, np.float16, 3, lambda *each: told.append(each))
+    seen = set()
+    declared = jax.tree.leaves(decoder.parameters(), is_leaf=lambda leaf: hasattr(leaf, "leaves"))
+    for parameter, array in zip(declared, jax.tree.leaves(params), strict=True):
+        assert array.shape == global_shape(parameter, rules, mesh.shape) and array.dtype == np.float16
+        numbers = np.asarray(array, np.float32)
+        if parameter.name.endswith("norm"):
+            assert (numbers == 1).all()
+            continue
+        assert numbers.std() == pytest.approx(0.02, rel=0.25) and abs(numbers.mean()) < 0.01
+        assert numbers.ravel()[0] not in seen
+        seen.add(numbers.ravel()[0])
+    other = random_params(decoder.parameters(), mesh, rules, np.float16, 4)
+    assert not np.array_equal(other["ends"]["embed"], params["ends"]["embed"])
+    total = sum(array.nbytes for array in jax.tree.leaves(params))
+    assert told[0] == (0, total) and told[-1] == (total, total)
+
+
+def test_the_command(folder, tmp_path, monkeypatch, capsys):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt_token_ids": [5, 6, 7], "max_new_tokens": 8, "ignore_eos": true}\n')
+    options = ("--prompts", prompts, "--output", output, "--load-format", "dummy", "--mesh", "")
+    options += ("--max-batch", 4, "--prefill-chunk", 32)
+    monkeypatch.setattr("sys.argv", ["generate", "--model", str(folder), *map(str, options)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert len(json.loads(output.read_text())["token_ids"]) == 8
+
+
+def test_what_cannot_be_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="load_format: 'random' is not one of checkpoint, dummy"):
+        EngineConfig(load_format="random")
+    with pytest.raises(CheckpointError, match="holds no weights; legal: load_format dummy"):
+        make_engine(folder)
+    with pytest.raises(ValueError, match="dtype: 'int8' is not supported; supported: bfloat16, float16, float32"):
+        write_dummy(TINY, tmp_path, "int8")
+    with pytest.raises(ValueError, match="hidden_size: expected a number above 0, found nothing"):
+        write_dummy({name: value for name, value in TINY.items() if name != "hidden_size"}, tmp_path)
+    assert not list(tmp_path.iterdir())
