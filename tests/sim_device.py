@@ -112,33 +112,34 @@ class SimDevice:
 
     def _decode(self, block: DecodeBlock) -> list[list[list[int]]]:
         stages, rows, steps = self.config.stages, self.config.rows, block.steps
-        tokens = [[[-1] * self.config.slots for _ in range(self.config.shards)] for _ in range(steps)]
+        tokens = [[[-1] * (stages * block.rows) for _ in range(self.config.shards)] for _ in range(steps)]
         self.busy = 0
         for d, owners in enumerate(block.owners):
             conveyor = self.decoding[d]
             for t in range(steps * stages):
                 for s in range(stages):
                     m = (t - s) % stages
-                    for b in range(rows):
-                        slot = m * rows + b
-                        owner = owners[slot]
+                    for b in range(block.rows):
+                        slot, at = m * rows + b, m * block.rows + b
+                        owner = owners[at]
                         if s == 0:
                             fed = owner is not None and self.position[d][slot] < owner.limit
                             conveyor[0][b] = _Pass(self.token[d][slot], self.position[d][slot]) if fed else None
-                        elif t < s and not block.keep[d][slot]:
+                        elif t < s and not block.keep[d][at]:
                             conveyor[s][b] = None
                         if inside := conveyor[s][b]:
                             inside.value = self._through(s, d, owner.pages, inside.position, inside.value)
-                    self.busy += any(conveyor[s])
+                    self.busy += any(conveyor[s][: block.rows])
                 m = (t + 1) % stages
-                for b, inside in enumerate(conveyor[-1]):
+                for b, inside in enumerate(conveyor[-1][: block.rows]):
                     if inside:
-                        slot = m * rows + b
-                        self.token[d][slot] = _sample(owners[slot].seed, inside.value)
+                        slot, at = m * rows + b, m * block.rows + b
+                        self.token[d][slot] = _sample(owners[at].seed, inside.value)
                         self.position[d][slot] = inside.position + 1
                         step = t // stages
-                        assert tokens[step][d][slot] == -1
-                        tokens[step][d][slot] = self.token[d][slot]
-                conveyor.insert(0, [None] * rows)
-                conveyor.pop()
+                        assert tokens[step][d][at] == -1
+                        tokens[step][d][at] = self.token[d][slot]
+                # rows beyond the bucket stay what they are, whatever that is
+                moved = [[None] * rows, *conveyor[:-1]]
+                conveyor[:] = [new[: block.rows] + old[block.rows :] for new, old in zip(moved, conveyor, strict=True)]
         return tokens

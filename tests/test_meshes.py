@@ -1,14 +1,16 @@
 """The same greedy and seeded tokens on every mesh as on one device, in float32."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from convert.run import convert
-from engine_run import make_engine, run, tokens
+from engine_run import finish, make_engine, run, tokens
 from hf_models import make_hf_folder
 from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.request import Request
 
 VOCABULARY = 131  # prime: padded on every mesh
 PARAMS = {
@@ -67,6 +69,36 @@ def test_eight_stages_agree_with_one_device(tmp_path):
     checkpoint = make_checkpoint(tmp_path, layers=8)
     expected = run(make_engine(checkpoint, prefill_chunk=16), prompts(), PARAMS)
     agrees(checkpoint, expected, "stage=8", None)
+
+
+def test_decode_blocks_that_narrow_and_widen_agree_with_one_device(checkpoint):
+    lengths = {str(i): 24 - 2 * i if i < 9 else 30 for i in range(12)}
+    own = {name: SamplingParams(max_new_tokens=new, ignore_eos=True) for name, new in lengths.items()}
+    own |= {
+        name: own[name].merge({"temperature": 1.0, "seed": 3, "frequency_penalty": 0.5}) for name in ("0", "4", "7")
+    }
+    rng = np.random.default_rng(1)
+    texts = {name: rng.integers(3, VOCABULARY, 3 + int(name)).tolist() for name in own}
+    expected = run(make_engine(checkpoint), texts, own)
+    engine = make_engine(checkpoint, "stage=2", max_batch=8)  # buckets of 1 and 4 rows in each of 2 microbatches
+    engine.scheduler.config = replace(engine.scheduler.config, patience=1)
+    rows, schedule = [], engine.scheduler.schedule
+
+    def watched():
+        dispatch = schedule()
+        rows.append(getattr(dispatch, "rows", None))
+        return dispatch
+
+    engine.scheduler.schedule = watched
+    outputs = {}
+    for name in own:
+        if name == "9":  # the narrow blocks become wide again
+            while 1 not in rows:
+                outputs |= {(each.request_id, 0): each.output for each in engine.step() if each.output}
+        engine.add(Request(name, texts[name], own[name]))
+    outputs |= finish(engine)
+    assert tokens(outputs) == tokens(expected)
+    assert 4 in rows[: rows.index(1)] and 4 in rows[rows.index(1) :]
 
 
 def agrees(checkpoint, one_device, mesh, stage_layers):

@@ -134,12 +134,13 @@ configs = st.builds(
     SchedulerConfig,
     shards=st.integers(1, 2),
     stages=st.integers(1, 4),
-    rows=st.integers(1, 3),
+    rows=st.sampled_from([1, 2, 3, 5]),
     pages=st.integers(5, 16),
     page_size=st.integers(1, 4),
     decode_steps=st.integers(1, 5),
     prefill_shapes=st.sampled_from([shapes(4), shapes(8), shapes(16), ((2, 3),)]),
     prefill_ticks=st.integers(1, 3),
+    patience=st.sampled_from([1, 2, 128]),
 )
 
 
@@ -357,6 +358,27 @@ def test_the_earliest_arrival_is_admitted_once(data, config):
     assert len(epochs - {0}) == 1
 
 
+def widths(engine) -> list[int]:
+    """Rows per microbatch of the decode blocks so far, repetitions left out."""
+    rows = [dispatch.rows for dispatch in engine.history if isinstance(dispatch, DecodeBlock)]
+    return [each for at, each in enumerate(rows) if at == 0 or each != rows[at - 1]]
+
+
+@pytest.mark.parametrize("patience, expected", [(100, [16]), (2, [16, 4, 1])])
+def test_decode_blocks_narrow_when_that_pays(patience, expected):
+    engine = Engine(config(stages=2, rows=20, pages=400, prefill_ticks=20, patience=patience))
+    for uid in range(20):
+        engine.add(request(uid, 4, 84 - 4 * uid))
+    engine.run()
+    assert widths(engine) == expected, "no program per step of the way up, and few on the way down"
+    for uid in range(20, 22):
+        engine.add(request(uid, 4, 20))
+    engine.run()
+    assert widths(engine)[-1] == 1, "new work has the rows that it needs at once"
+    for seq, got in engine.got.items():
+        assert got == alone(seq, 2)
+
+
 def kinds(engine) -> str:
     """One letter per dispatch: P with entering rows, e without, D decode."""
     return "".join(
@@ -389,7 +411,8 @@ def test_slot_and_pages_are_free_once_all_passes_are_dispatched():
     assert scheduler.schedule() is None
     assert seq.state is State.DRAINED and scheduler.free_pages == [39]
     assert scheduler.complete(first, [[7]]) == [(seq, [7])]
-    assert scheduler.complete(block, [[[token, -1]] for token in range(4)]) == [(seq, [0, 1, 2, 3])]
+    assert block.rows == 1, "one request needs no second row"
+    assert scheduler.complete(block, [[[token]] for token in range(4)]) == [(seq, [0, 1, 2, 3])]
     assert seq.output == [7, 0, 1, 2, 3]
     scheduler.finish(seq)
     assert not scheduler.has_unfinished
@@ -486,7 +509,7 @@ def test_results_out_of_order_and_lost_tokens_are_errors():
     seq = request(0, 4, 3)
     scheduler.add(seq)
     tick, block = scheduler.schedule(), scheduler.schedule()
-    nothing = [[[-1, -1]]] * 4
+    nothing = [[[-1]]] * 4
     with pytest.raises(RuntimeError, match="in the order of dispatch"):
         scheduler.complete(block, nothing)
     scheduler.complete(tick, [[7]])

@@ -109,12 +109,12 @@ class Programs:
         )
 
     def decode(self, params: Any, state: State, inputs: DecodeInputs, sampling: Any, features: Features):
-        key = ("decode", inputs.tables.shape[-1], features, state.counts is None)
+        key = ("decode", inputs.tables.shape, features, state.counts is None)
         body = partial(decode_block, self._decoder, features, self._config.decode_steps)
         return self._run(key, body, 1, params, state, inputs, sampling)
 
     def prefill(self, params: Any, state: State, inputs: PrefillInputs, sampling: Any, features: Features):
-        key = ("prefill", inputs.tokens.shape, inputs.tables.shape[-1], features, state.counts is None)
+        key = ("prefill", inputs.tokens.shape, inputs.tables.shape, features, state.counts is None)
         return self._run(key, partial(prefill_tick, self._decoder, features), 2, params, state, inputs, sampling)
 
     def _run(self, key: Any, body: Any, outputs: int, params: Any, state: State, inputs: Any, sampling: Any) -> Any:

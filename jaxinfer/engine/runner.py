@@ -77,7 +77,7 @@ class Runner:
         self._required = Features(*map(max, self._required, _required(params)))
 
     def decode(self, block: DecodeBlock) -> Result:
-        shape = (self._shards, self._slots)
+        shape = (self._shards, self._stages * block.rows)
         active, keep = np.zeros(shape, bool), np.asarray(block.keep, bool)
         limit, prompt_length = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         rows = [
@@ -86,7 +86,7 @@ class Runner:
             for slot, sequence in enumerate(owners)
             if sequence is not None
         ]
-        tables = self._tables((self._shards, self._slots), [((d, s), sequence.pages) for d, s, sequence in rows])
+        tables = self._tables(shape, [((d, s), sequence.pages) for d, s, sequence in rows])
         for shard, slot, sequence in rows:
             active[shard, slot] = True
             limit[shard, slot] = sequence.limit

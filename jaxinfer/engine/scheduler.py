@@ -23,9 +23,10 @@ class SchedulerConfig:
     decode_steps: int  # K
     prefill_shapes: tuple[tuple[int, int], ...]  # (R, C), all of about the same R * C
     prefill_ticks: int  # entering ticks between two decode blocks while sequences decode
+    patience: int = 128  # decode blocks wider than need be that cost about as much as compiling a narrower program
 
     def __post_init__(self):
-        for name in ("shards", "stages", "rows", "page_size", "decode_steps", "prefill_ticks"):
+        for name in ("shards", "stages", "rows", "page_size", "decode_steps", "prefill_ticks", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, legal is at least 1")
         if self.pages < 2:
@@ -54,6 +55,14 @@ class Bubble:
     @property
     def share(self) -> float:
         return self.idle / self.total if self.total else 0.0
+
+
+def row_buckets(rows: int) -> tuple[int, ...]:
+    """Rows per microbatch that decode programs are compiled for: 1, 4, 16, ... up to `rows`."""
+    buckets = [1]
+    while buckets[-1] < rows:
+        buckets.append(min(4 * buckets[-1], rows))
+    return tuple(buckets)
 
 
 def _arrival(seq: Sequence) -> int:
@@ -127,6 +136,9 @@ class Scheduler:
         self._pipeline: list[list[list[PrefillRow | None]]] = []  # rows whose next stage is index + 1
         self._entered = 0  # prefill ticks with entering rows since the last decode block
         self._was_full = False
+        self._buckets: set[int] = set()  # row buckets in use: their programs are compiled
+        self._fresh = True  # no decode block since nothing was unfinished
+        self._too_wide = 0  # decode blocks wider than need be
 
     # What the engine calls
 
@@ -147,6 +159,7 @@ class Scheduler:
                 f"request {seq.request_id}: {len(seq.prompt)} prompt tokens and {new} new tokens need {needed} pages "
                 f"of {config.page_size} tokens, a shard has {config.pages - 1}"
             )
+        self._fresh |= not self._unfinished
         seq.arrival = self._arrivals
         self._arrivals += 1
         self._unfinished += 1
@@ -187,7 +200,7 @@ class Scheduler:
         """Takes the results of the oldest dispatch not completed yet.
 
         Args:
-          tokens: int [K, D, slots] of a decode block, int [D, R] of the exiting rows of a prefill tick; -1 for none.
+          tokens: int [K, D, M * rows] of a decode block, int [D, R] of the exiting rows of a prefill tick; -1 for none.
             Nested lists or an array.
 
         Returns:
@@ -436,6 +449,8 @@ class Scheduler:
                 last = steps == config.decode_steps
                 busy += steps * config.stages - last * microbatch + carried[microbatch] * microbatch
                 full &= last
+        rows = self._block_rows(owners)
+        first_rows = [slot for slot in range(config.slots) if slot % config.rows < rows]
         total = len(self._shards) * config.decode_steps * config.stages**2
         block = Bubble(total - busy, total)
         self.decode_bubble += block
@@ -443,7 +458,41 @@ class Scheduler:
             self.steady_bubble += block
         self._was_full = full
         self._entered = 0
-        return DecodeBlock(config.decode_steps, owners, keep)
+        return DecodeBlock(
+            config.decode_steps,
+            rows,
+            [[of_shard[slot] for slot in first_rows] for of_shard in owners],
+            [[of_shard[slot] for slot in first_rows] for of_shard in keep],
+        )
+
+    @property
+    def expected_rows(self) -> int:
+        """The row bucket that decoding all unfinished sequences at once would take."""
+        slots = len(self._shards) * self.config.stages
+        return self._covering(min(self.config.rows, -(-self._unfinished // slots)))
+
+    def _covering(self, rows: int) -> int:
+        return next(bucket for bucket in row_buckets(self.config.rows) if bucket >= rows)
+
+    def _block_rows(self, owners: list[list[Sequence | None]]) -> int:
+        """The smallest row bucket in use that covers every owner.
+
+        A new one covers the sequences that are still to come as well, or each step of the way up would compile a
+        program. On the way down, as requests end, the wide ones do for `patience` blocks.
+        """
+        highest = max(slot % self.config.rows for of_shard in owners for slot, seq in enumerate(of_shard) if seq)
+        wanted = self._covering(highest + 1)
+        rows = min((bucket for bucket in self._buckets if bucket >= wanted), default=0)
+        self._too_wide += rows > wanted
+        if self._fresh or not rows:
+            rows = max(wanted, self.expected_rows)
+        elif self._too_wide >= self.config.patience:
+            rows = wanted
+        if rows == wanted:
+            self._too_wide = 0
+        self._buckets.add(rows)
+        self._fresh = False
+        return rows
 
     def _grow(self, shard: _Shard) -> None:
         """Gives each decoding row, in order of arrival, the pages of its next K tokens; the latest arrivals pay."""

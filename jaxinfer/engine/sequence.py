@@ -75,12 +75,14 @@ class PrefillTick:
 
 @dataclass(eq=False)
 class DecodeBlock:
-    """K decode steps over all slots. A row's block table and limit are owner.pages and owner.limit at dispatch.
+    """K decode steps over the first `rows` rows of each microbatch; b rows are m * rows to (m + 1) * rows - 1 below. A
+    row's block table and limit are owner.pages and owner.limit at dispatch.
 
     An owner that reached its limit is there for its pass in flight only; the device's pos < limit keeps it from being
     fed, so active[slot] = owners[slot] is not None.
     """
 
     steps: int
-    owners: list[list[Sequence | None]]  # [D][slots]
-    keep: list[list[bool]]  # [D][slots]: the same admission of the same sequence owned the slot in the block before
+    rows: int  # a row bucket: covers every row that decodes or has a pass in flight
+    owners: list[list[Sequence | None]]  # [D][M * rows]
+    keep: list[list[bool]]  # [D][M * rows]: the same admission of the same sequence owned the slot in the block before

@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """What the host says of each slot, [Dp, M * b] and tables [Dp, M * b, W]."""
+    """What the host says of the first r rows of each microbatch, [Dp, M * r] and tables [Dp, M * r, W]."""
 
     active: jax.Array
     keep: jax.Array  # same sequence as in the previous block: its pass in flight counts
@@ -67,14 +67,15 @@ def decode_block(
     inputs: DecodeInputs,
     sampling: SamplingArrays | None,
 ) -> tuple[State, Emitted]:
-    """K decode steps of every slot. Emitted arrays are [K, Dp, M * b, ...], tokens -1 where a row emitted nothing."""
+    """K decode steps of the first r rows of every microbatch, r being the row bucket of `inputs`; other rows stay as
+    they are. Emitted arrays are [K, Dp, M * r, ...], tokens -1 where a row emitted nothing."""
     stages = jax.lax.axis_size("stage")
     stage = jax.lax.axis_index("stage")
     ends = decoder.ends(params["ends"])
-    rows = state.token.shape[2]
+    all_rows, rows = state.token.shape[2], inputs.active.shape[1] // stages
 
     def by_microbatch(tree):
-        return jax.tree.map(lambda each: each.reshape(stages, rows, *each.shape[1:]), _own_shard(tree))
+        return jax.tree.map(lambda each: each.reshape(stages, -1, *each.shape[1:])[:, :rows], _own_shard(tree))
 
     inputs, sampling = by_microbatch(inputs), by_microbatch(sampling)
     counts = None if state.counts is None else state.counts[0]
@@ -91,8 +92,8 @@ def decode_block(
         x, (k, v) = decoder.run_stage(params, (k, v), x, at, inputs.prompt_length[here], inputs.tables[here])
         last = collectives.from_last_stage(x)[:, 0]
         n_out = position[leaving] + 1 - inputs.prompt_length[leaving]
-        slots = leaving * rows + jnp.arange(rows)
-        own_counts = None if counts is None else jax.lax.dynamic_slice_in_dim(counts, leaving * rows, rows)
+        slots = leaving * all_rows + jnp.arange(rows)
+        own_counts = None if counts is None else jax.lax.dynamic_slice_in_dim(counts, leaving * all_rows, rows)
         row_sampling = jax.tree.map(lambda each: each[leaving], sampling)
         emitted = emit(ends, last, row_sampling, own_counts, n_out, features)
         counted = flying[leaving]
@@ -104,8 +105,9 @@ def decode_block(
         position = position.at[leaving].add(counted.astype(jnp.int32))
         return (k, v, token, position, flying, collectives.to_next_stage(x), counts), emitted._replace(tokens=chosen)
 
-    flying = state.flying[0] & inputs.keep
-    carry = (state.k, state.v, state.token[0], state.position[0], flying, state.x[0, 0], counts)
+    # rows beyond have nothing in flight; when a wider block takes them in, `keep` says that what x has is not theirs
+    token, position, flying = (each[0, :, :rows] for each in (state.token, state.position, state.flying))
+    carry = (state.k, state.v, token, position, flying & inputs.keep, state.x[0, 0, :rows], counts)
     (k, v, token, position, flying, x, counts), emitted = jax.lax.scan(tick, carry, jnp.arange(steps * stages))
 
     def collect(each):
@@ -117,10 +119,10 @@ def decode_block(
     state = state._replace(
         k=k,
         v=v,
-        token=token[None],
-        position=position[None],
-        flying=flying[None],
-        x=x[None, None],
+        token=state.token.at[0, :, :rows].set(token),
+        position=state.position.at[0, :, :rows].set(position),
+        flying=state.flying.at[0, :, :rows].set(flying),
+        x=state.x.at[0, 0, :rows].set(x),
         counts=None if counts is None else counts[None],
     )
     return state, jax.tree.map(collect, emitted)
