@@ -1,0 +1,100 @@
+"""What XLA makes of the programs: no step may write a weight or a cache pool anew, in whatever layout."""
+
+import math
+import re
+
+import jax
+import pytest
+
+from convert.run import convert
+from engine_run import make_engine
+from hf_models import make_hf_folder
+from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.request import Request
+
+# sizes that give every weight and pool a number of elements that no activation has
+MODEL = {
+    "vocab_size": 347,
+    "hidden_size": 88,
+    "intermediate_size": 184,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+    "tie_word_embeddings": False,
+}
+ENGINE = {"max_batch": 4, "prefill_chunk": 26, "max_context": 64}
+# what names, joins or hands on arrays that are there already
+PASSES_ON = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
+IN_PLACE = (" scatter(", " dynamic-update-slice(", "output_to_operand_aliasing")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(")
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation by its name."""
+    found, lines = {}, []
+    for line in text.splitlines():
+        if heading := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            lines = found[heading[1]] = []
+        else:
+            lines.append(line)
+    return found
+
+
+def written_anew(text: str, sizes: set[int]) -> list[str]:
+    """The instructions that write an array of so many elements to new memory."""
+    parts = computations(text)
+    fused = {name for lines in parts.values() for line in lines for name in re.findall(r"calls=%?([\w.-]+)", line)}
+    found = []
+    for line in (line for name, lines in parts.items() if name not in fused for line in lines):
+        match = INSTRUCTION.match(line)
+        if match is None or match[2] in PASSES_ON or match[2].endswith("-done"):
+            continue
+        shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+        inside = [other for name in re.findall(r"calls=%?([\w.-]+)", line) for other in parts[name]]
+        in_place = any(each in other for other in [line, *inside] for each in IN_PLACE)
+        if not in_place and any(math.prod(map(int, filter(None, shape.split(",")))) in sizes for shape in shapes):
+            found.append(line.strip())
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hlo")
+    make_hf_folder(folder / "hf", num_hidden_layers=3, **MODEL)
+    convert(folder / "hf", folder / "ckpt", quiet=True)
+    return folder / "ckpt"
+
+
+def check_programs(checkpoint, mesh: str, dtype: str, requests: int = 4) -> None:
+    engine = make_engine(checkpoint, mesh, dtype=dtype, **ENGINE)
+    for name in range(requests):
+        engine.add(Request(str(name), [3, 4, 5], SamplingParams(max_new_tokens=6, ignore_eos=True)))
+    while engine.has_unfinished():
+        engine.step()
+    runner = engine._runner
+    weights = {each.addressable_data(0).size for each in jax.tree.leaves(runner._params)}
+    matrices = {size for size in weights if size > MODEL["hidden_size"]}  # norms are as small as an activation
+    pools = [each.addressable_data(0).size for each in (*runner._state.k, *runner._state.v)]
+    programs = [(key[0], program.as_text()) for key, program in runner.programs._compiled.items()]
+    assert {name for name, _ in programs} == {"decode", "prefill"}
+    for name, text in programs:
+        assert not written_anew(text, matrices | set(pools)), name
+        donated = {int(output) for output in re.findall(r"\{(\d+)\}: \(\d+, \{\}", text.partition("\n")[0])}
+        assert donated >= set(range(len(pools))), name  # the pools are the first outputs
+
+
+# Four rows and two KV heads per device, for XLA's CPU compiler copies pools otherwise: it turns the scatter of one row
+# into a select on the old page and fuses that with the reads, and a pool with one KV head has another layout inside.
+@pytest.mark.parametrize("mesh", ["", "tensor=2", "stage=2"])
+def test_no_step_writes_weights_or_cache_anew(checkpoint, mesh):
+    check_programs(checkpoint, mesh, "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requests", [1, 4])
+@pytest.mark.parametrize("mesh", ["", "tensor=2", "tensor=4", "stage=2"])
+def test_nor_on_a_gpu(checkpoint, mesh, requests):
+    needed = int(mesh[-1:] or 1)
+    if jax.device_count() < needed:
+        pytest.skip(f"{mesh} needs {needed} GPUs, found {jax.device_count()}")
+    check_programs(checkpoint, mesh, "bfloat16", requests)
