@@ -1,5 +1,6 @@
 # make demo   environment, conversion of the embedded model, stories from a 2 x 2 mesh of virtual CPU devices
 # make test   environment with what the tests need, and the tests (MARKS="not slow" leaves out the slow ones)
+# make bench  the benchmarks in their CPU size, on a model of toy shape; figures and a picture in build/bench
 # make lint   ruff
 # make clean  removes build/ (not the environment)
 
@@ -7,13 +8,14 @@ PYTHON ?= python3
 MARKS ?= slow or not slow
 BIN := .venv/bin
 MODEL := build/tinystories
+TOY := --model tiny --cpu-devices 1
 
 # XLA's thread pool: with fewer than four threads per virtual device its collectives can deadlock
 export NPROC ?= 32
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/installed $(MODEL)/manifest.json
 	@rm -f build/demo.*
@@ -21,12 +23,27 @@ demo: .venv/installed $(MODEL)/manifest.json
 		--output build/demo.jsonl --mesh stage=2,tensor=2 --cpu-devices 4 --dtype float32 \
 		--max-new-tokens 150 --max-batch 8 --print
 
-$(MODEL)/manifest.json: $(wildcard examples/tinystories/model/*) | .venv/installed
+# convert/__init__.py holds the version of what is written
+$(MODEL)/manifest.json: $(wildcard examples/tinystories/model/*) convert/__init__.py | .venv/installed
 	@rm -rf $(MODEL)
 	@$(BIN)/python -m convert --source examples/tinystories/model --output $(MODEL) --dtype float32
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(MARKS)"
+
+bench: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
+bench: .venv/installed-dev
+	$(BIN)/python -m benchmarks.latency $(TOY) --batch 1,4 --prompt-tokens 64 --new-tokens 32 --peer \
+		--json build/bench/latency.json
+	$(BIN)/python -m benchmarks.throughput $(TOY) --requests 32 --prompt-range 16:64 --new-tokens 16 --max-batch 8 \
+		--peer --json build/bench/throughput.json
+	$(BIN)/python -m benchmarks.prefill $(TOY) --prompts 8 --prompt-tokens 64 --json build/bench/prefill.json
+	$(BIN)/python -m benchmarks.long_context $(TOY) --batch 2 --context 512 --new-tokens 64 \
+		--json build/bench/long_context.json
+	$(BIN)/python -m benchmarks.startup $(TOY) --prompt-tokens 32 --json build/bench/startup.json
+	$(BIN)/python -m benchmarks.collectives --cpu-devices 4 --sizes 8K,128K,1M --chain 8 \
+		--json build/bench/collectives.json
+	$(BIN)/python -m benchmarks.draw build/bench/*.json --output build/bench/bench.png
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

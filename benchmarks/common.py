@@ -46,7 +46,7 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     group.add_argument("--mesh", default="", metavar="AXES", help="tensor=8, say (default: one device)")
     group.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
     what = "fields of EngineConfig: kernels=off,decode_steps=16, say"
-    group.add_argument("--engine", type=_fields, default={}, metavar="NAME=VALUE,...", help=what)
+    group.add_argument("--engine", type=fields, default={}, metavar="NAME=VALUE,...", help=what)
     group.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     add_process_options(made)
     return made
@@ -72,7 +72,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _fields(text: str) -> dict[str, Any]:
+def fields(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name and equals and value for name, equals, value in pairs):
         raise argparse.ArgumentTypeError(f"found {text!r}, legal is NAME=VALUE,NAME=VALUE,...")

@@ -1,6 +1,6 @@
 """How fast a checkpoint loads, beside what this machine could do: GB/s by threads, files in the page cache or not.
 
-    python benchmarks/load.py --model CKPT_DIR --threads 1,2,4,8,16
+    python -m benchmarks.load --model CKPT_DIR --threads 1,2,4,8,16
 
 Columns, all GB/s of chunk files, best of --repeats:
   memcpy     copies between two warm buffers of 64 MiB per thread: the most that moving bytes once can reach
@@ -12,7 +12,7 @@ Columns, all GB/s of chunk files, best of --repeats:
 The first load of a process is told apart: it also pays for memory that nobody touched before.
 
 Cold means that the kernel was asked to drop the files' pages (posix_fadvise); a parallel file system's servers, or the
-host of a virtual machine, may still have them. benchmarks/random_model.py and python -m convert make a checkpoint.
+host of a virtual machine, may still have them. python -m benchmarks.random_model and python -m convert make one.
 """
 
 import argparse

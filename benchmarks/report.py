@@ -62,7 +62,7 @@ def show(title: str, rows: list[Row], notes: Mapping[str, str]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row.peers))
     goals = any(row.goal is not None for row in rows)
     columns = ["measured", "floor", "of the floor", *(["goal"] if goals else []), *names]
-    table = Table("", *(header for header in columns), title=title, title_justify="left")
+    table = Table("", *columns)
     for row in rows:
         cells = [_number(row.value), _number(row.floor), "" if row.of_floor is None else f"{row.of_floor:.0%}"]
         cells += [_number(row.goal)] if goals else []
@@ -71,6 +71,7 @@ def show(title: str, rows: list[Row], notes: Mapping[str, str]) -> None:
         )
     # a terminal's width would cut the names short in a job's log
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(title, soft_wrap=True, markup=False)
     console.print(table)
     for name, text in notes.items():
         console.print(f"{name}: {text}", soft_wrap=True, markup=False)

@@ -1,6 +1,6 @@
 """What the watchdog costs a worker per step: its signs of life and its look at the stop order.
 
-    python benchmarks/watchdog.py
+    python -m benchmarks.watchdog
 
 A step of the engine is three beats and one poll; the monitor is another process and reads them from shared memory.
 """

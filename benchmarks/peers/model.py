@@ -25,11 +25,11 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     return made
 
 
-def random_model(name: str) -> Any:
+def random_model(name: str, seed: int = 0) -> Any:
     """On the GPU where there is one, in the dtype of its config."""
     fields = hf_config(name)
     config = AutoConfig.for_model(fields["model_type"], **{k: v for k, v in fields.items() if k != "model_type"})
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype_of(name)))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return AutoModelForCausalLM.from_config(config).eval()

@@ -41,7 +41,7 @@ def main() -> None:
     finish(args, f"continuous batching, {model.config._attn_implementation} attention", rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(model: Any, prompts: list[list[int]], new_tokens: int) -> float:
     """Seconds from the first request that goes in to the last that comes out."""
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)

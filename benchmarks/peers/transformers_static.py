@@ -42,7 +42,7 @@ def main() -> None:
     finish(args, how, rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     model: Any, batch: int, prompt_tokens: int, new_tokens: int, repeats: int, compiled: bool
 ) -> list[tuple[float, float]]:

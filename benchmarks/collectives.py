@@ -1,0 +1,154 @@
+"""All-reduce by message size: microseconds each, in a chain inside one program, as decode steps have them.
+
+    python -m benchmarks.collectives --json build/bench/collectives.json              # over all devices
+    python -m benchmarks.collectives --devices 4 --sizes 8K,64K,1M
+    python -m benchmarks.collectives --cpu-devices 4 --sizes 8K,1M --chain 4
+
+Each link of the chain is a psum and a multiplication that undoes it, so that none can be merged with another. The floor
+is 2 (n - 1) / n times the bytes at the rate of one device's link, measured by shifting a large block around the ring.
+GB/s are bytes of the message per second.
+"""
+
+import argparse
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.common import count, start, user_errors
+from benchmarks.report import Row
+from jaxinfer import __version__
+from jaxinfer.options import Parser, add_process_options
+from jaxinfer.telemetry.manifest import describe_run
+
+UNITS = {"K": 2**10, "M": 2**20}
+SIZES = "8K,16K,32K,128K,512K,1M,4M,16M,32M,64M"
+LINK_BYTES, LINK_BYTES_CPU = 2**28, 2**22
+ROUNDS = 5
+
+
+def sizes(text: str) -> list[int]:
+    try:
+        return [int(part[:-1]) * UNITS[part[-1]] for part in text.split(",")]
+    except (ValueError, KeyError, IndexError):
+        raise argparse.ArgumentTypeError(f"found {text!r}, legal is sizes like 8K,1M,64M") from None
+
+
+def main() -> None:
+    made = Parser(
+        prog="python -m benchmarks.collectives",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--devices", type=count, metavar="N", help="the first N (default: all)")
+    made.add_argument("--sizes", type=sizes, default=sizes(SIZES), metavar="SIZE,...", help=f"(default: {SIZES})")
+    made.add_argument("--chain", type=count, default=32, metavar="N", help="collectives in a program (default: 32)")
+    made.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    add_process_options(made)
+    args = made.parse_args()
+    with user_errors("collectives"):
+        start(args)
+        import jax
+
+        devices = jax.devices()
+        number = args.devices or len(devices)
+        if number > len(devices):
+            raise ValueError(f"devices: {number}, found {len(devices)}")
+        if number == 1:
+            print("collectives: one device, so there is nothing to measure; --cpu-devices N makes virtual ones")
+            return
+        measure(args, devices[:number])
+
+
+def measure(args: argparse.Namespace, devices: list[Any]) -> None:
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    n, mesh = len(devices), Mesh(np.array(devices), ("d",))
+    link = link_rate(mesh)
+    rows = []
+    for size in args.sizes:
+        seconds = psum_seconds(mesh, size, args.chain)
+        least = 2 * (n - 1) / n * size / link
+        name = f"psum {_text(size)}"
+        rows += [
+            Row(name, "us", seconds * 1e6, least * 1e6),
+            Row(name, "GB/s", size / seconds / 1e9, n / (n - 1) / 2e9 * link),
+        ]
+    run = describe_run(
+        __version__, {"sizes": args.sizes, "chain": args.chain, "devices": n}, {"d": n}, [os.uname().nodename]
+    )
+    if jax.process_index() == 0:
+        where = f"{n} of {devices[0].device_kind}, {jax.process_count()} process(es)"
+        report.show(f"collectives: {where}", rows, {"link, measured": f"{link / 1e9:,.1f} GB/s each way"})
+        if args.json is not None:
+            data = {"benchmark": "collectives", "model": "", "mesh_text": f"{n} devices", **run}
+            data |= {"limits": {"link_bytes_per_s": link}, "details": {}, "notes": {}}
+            report.write(args.json, data, rows)
+    sys.stdout.flush()
+
+
+def psum_seconds(mesh: Any, size: int, chain: int) -> float:
+    """Seconds of one psum of `size` bytes of bfloat16 on each device."""
+    import jax
+    from jax import lax
+
+    scale = 1 / mesh.size
+
+    def links(x: jax.Array) -> jax.Array:
+        for _ in range(chain):
+            x = lax.psum(x, "d") * scale
+        return x
+
+    return _seconds(mesh, links, size) / chain
+
+
+def link_rate(mesh: Any) -> float:
+    """Bytes per second from one device to the next while all send, one way."""
+    from jax import lax
+
+    n = mesh.size
+    size = LINK_BYTES_CPU if mesh.devices.flat[0].platform == "cpu" else LINK_BYTES
+    ring = [(place, (place + 1) % n) for place in range(n)]
+    chain = 4
+
+    def shift(x: Any) -> Any:
+        for _ in range(chain):
+            x = lax.ppermute(x, "d", ring)
+        return x
+
+    return size * chain / _seconds(mesh, shift, size)
+
+
+def _seconds(mesh: Any, body: Any, size: int) -> float:
+    """Seconds of `body` on a block of `size` bytes per device; the best of a few rounds."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    spec = P("d")
+    function = jax.jit(partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(body))
+    make = jax.jit(partial(jnp.ones, (mesh.size, size // 2), jnp.bfloat16), out_shardings=NamedSharding(mesh, spec))
+    block = make()
+    jax.block_until_ready(function(block))
+    best = float("inf")
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        jax.block_until_ready(function(block))
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _text(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 2**20 else f"{size >> 10} KiB"
+
+
+if __name__ == "__main__":
+    main()
