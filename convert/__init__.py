@@ -1,3 +1,3 @@
 """Hugging Face folder in, jaxinfer checkpoint out: ``python -m convert --help``."""
 
-VERSION = "1"  # of what is written: raised when the same source would give other leaves
+VERSION = "2"  # of what is written: raised when the same source would give other leaves

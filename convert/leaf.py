@@ -1,4 +1,4 @@
-"""One tensor into one leaf: cast, transposed and compared in blocks, so that only the leaf itself is held whole."""
+"""One tensor into one leaf: cast and compared in blocks, so that only the leaf itself is held whole."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,31 +8,23 @@ from convert.llama import Target
 from convert.tensor import ConvertError, SourceTensor, blocks
 from jaxinfer.checkpoint.reader import DTYPES
 
-# rows transposed at a time: a strip of this many stays in the cache while its columns are written
-_STRIP = 64
 Told = Callable[[int], object]
 
 
 def read_leaf(tensor: SourceTensor, target: Target, dtype: str, told: Told = lambda size: None) -> np.ndarray:
     """The leaf as an array of `dtype`; `told` hears the source bytes of each block."""
     leaf = np.empty(target.spec.shape, DTYPES[dtype])
-    flat = _as_source(leaf, target)
+    flat = _bits(leaf).reshape(target.source_shape)
     for start, block in _cast_blocks(tensor, dtype, told):
-        for row in range(0, len(block), _STRIP):
-            strip = block[row : row + _STRIP]
-            flat[start + row : start + row + len(strip)] = strip
+        flat[start : start + len(block)] = block
     return leaf
 
 
 def same_as_source(leaf: np.ndarray, tensor: SourceTensor, target: Target, told: Told = lambda size: None) -> bool:
     """Whether the leaf holds the tensor, bit for bit after the cast to the leaf's dtype."""
-    flat = _as_source(leaf, target)
-    for start, block in _cast_blocks(tensor, leaf.dtype.name, told):
-        for row in range(0, len(block), _STRIP):
-            strip = block[row : row + _STRIP]
-            if not np.array_equal(flat[start + row : start + row + len(strip)], strip):
-                return False
-    return True
+    flat = _bits(leaf).reshape(target.source_shape)
+    blocks_of = _cast_blocks(tensor, leaf.dtype.name, told)
+    return all(np.array_equal(flat[start : start + len(block)], block) for start, block in blocks_of)
 
 
 def same_tensors(one: SourceTensor, other: SourceTensor) -> bool:
@@ -46,12 +38,6 @@ def same_tensors(one: SourceTensor, other: SourceTensor) -> bool:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
-
-
-def _as_source(leaf: np.ndarray, target: Target) -> np.ndarray:
-    """The leaf's bits seen in the tensor's shape: a view, transposed where the tensor is."""
-    shape = target.source_shape
-    return _bits(leaf).reshape(shape[::-1]).T if target.transposed else _bits(leaf).reshape(shape)
 
 
 def _cast_blocks(tensor: SourceTensor, dtype: str, told: Told) -> Iterator[tuple[int, np.ndarray]]:

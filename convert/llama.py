@@ -1,13 +1,10 @@
 """The LLaMA family's tensor names at Hugging Face, and which leaf of the checkpoint each one becomes."""
 
 from dataclasses import dataclass
-from math import prod
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.leaves import Leaf, leaves
 
-# Hugging Face holds a matmul as [out, in]: such a tensor is transposed; how many of the leaf's dimensions are "in"
-_IN_DIMS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 _ENDS = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 _LAYER = {
     "input_norm": "input_layernorm.weight",
@@ -33,12 +30,11 @@ IGNORED = (".rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Target:
-    """The leaf that a tensor becomes, and the shape that the tensor must have."""
+    """The leaf that a tensor becomes, and the shape that the tensor must have: the same numbers in the same order."""
 
     leaf: str
     spec: Leaf
     source_shape: tuple[int, ...]
-    transposed: bool
 
 
 def targets(config: ModelConfig) -> dict[str, Target]:
@@ -47,10 +43,15 @@ def targets(config: ModelConfig) -> dict[str, Target]:
     for leaf, spec in leaves(config).items():
         prefix, _, short = leaf.rpartition(".")
         name = f"model.{prefix}.{_LAYER[short]}" if prefix else _ENDS[leaf]
-        in_dims = _IN_DIMS.get(short, 0)
-        if in_dims:
-            shape = (prod(spec.shape[in_dims:]), prod(spec.shape[:in_dims]))
-        else:
-            shape = (prod(spec.shape),) if name.endswith(".bias") else spec.shape
-        table[name] = Target(leaf, spec, shape, in_dims > 0)
+        table[name] = Target(leaf, spec, _source_shape(spec))
     return table
+
+
+def _source_shape(spec: Leaf) -> tuple[int, ...]:
+    shape: list[int] = []
+    for axis, size in zip(spec.axes, spec.shape):
+        if axis == "head_dim":  # Hugging Face does not tell heads from their width
+            shape[-1] *= size
+        else:
+            shape.append(size)
+    return tuple(shape)

@@ -43,12 +43,13 @@ def bits(array):
         ((32000, 3200), ("vocab", "embed"), (4000, 3200)),
         ((32016, 64), ("vocab", "embed"), (4002, 64)),
         ((50257, 64), ("vocab", "embed"), (6283, 64)),  # does not divide: ceil, the last chunk is padded
-        ((64, 32003), ("embed", "vocab"), (64, 4001)),
-        ((3200, 32, 100), ("embed", "heads", "head_dim"), (3200, 4, 100)),
-        ((64, 12, 8), ("embed", "heads", "head_dim"), (64, 3, 8)),
-        ((64, 2, 8), ("embed", "kv_heads", "head_dim"), (64, 1, 8)),
+        ((64, 32, 100), ("embed", "heads", "head_dim"), (64, 4, 100)),
+        ((32, 100, 3200), ("heads", "head_dim", "embed"), (4, 100, 3200)),
+        ((12, 8, 64), ("heads", "head_dim", "embed"), (3, 8, 64)),
+        ((2, 8, 64), ("kv_heads", "head_dim", "embed"), (1, 8, 64)),
         ((7, 8, 64), ("heads", "head_dim", "embed"), (7, 8, 64)),
         ((172, 64), ("mlp", "embed"), (43, 64)),
+        ((64, 172), ("embed", "mlp"), (64, 43)),
         ((64,), ("embed",), (64,)),
         ((32, 100), ("heads", "head_dim"), (4, 100)),
     ],
@@ -175,8 +176,8 @@ def test_orbax_restores_the_parameters_by_itself(tmp_path, dtype):
     import jax
 
     rng = np.random.default_rng(4)
-    axes = {"embed": ("vocab", "embed"), "norm": ("embed",), "layers.0.q": ("embed", "heads", "head_dim")}
-    shapes = {"embed": (13, 6), "norm": (6,), "layers.0.q": (6, 4, 3)}
+    axes = {"embed": ("vocab", "embed"), "norm": ("embed",), "layers.0.q": ("heads", "head_dim", "embed")}
+    shapes = {"embed": (13, 6), "norm": (6,), "layers.0.q": (4, 3, 6)}
     arrays = {name: draw(rng, shapes[name], dtype) for name in axes}
     chunks = {name: chunk_shape(shapes[name], axes[name]) for name in axes}
     make_checkpoint(tmp_path, arrays, chunks)
@@ -210,10 +211,14 @@ def test_manifest_comes_back_as_written(tmp_path):
         (lambda folder: (folder / "params").mkdir(parents=True), "incomplete checkpoint"),
         (lambda folder: _file(folder / "config.json", "{}"), "python -m convert --source"),
         (lambda folder: _file(folder / "readme", ""), "not a checkpoint"),
-        (lambda folder: _file(folder / "manifest.json", '{"format": 1, "mod'), "manifest.json: damaged, not JSON"),
+        (lambda folder: _file(folder / "manifest.json", '{"format": 2, "mod'), "manifest.json: damaged, not JSON"),
         (lambda folder: _file(folder / "manifest.json", "[]"), "manifest.json: damaged"),
-        (lambda folder: _file(folder / "manifest.json", json.dumps({"format": 2})), "format 2 is newer .*(1)"),
-        (lambda folder: _file(folder / "manifest.json", json.dumps({"format": 1, "model": {}})), "missing converter, "),
+        (lambda folder: _file(folder / "manifest.json", json.dumps({"format": 3})), "format 3 is newer .*(2)"),
+        (
+            lambda folder: _file(folder / "manifest.json", json.dumps({"format": 1})),
+            "format 1 .* convert the model again",
+        ),
+        (lambda folder: _file(folder / "manifest.json", json.dumps({"format": 2, "model": {}})), "missing converter, "),
     ],
 )
 def test_a_folder_that_is_no_complete_checkpoint_is_refused_by_name(tmp_path, make, message):

@@ -58,7 +58,7 @@ def expected_leaves(model):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     table = {"embed": model.get_input_embeddings().weight, "norm": model.model.norm.weight}
     if not config.tie_word_embeddings:
-        table["head"] = model.lm_head.weight.T
+        table["head"] = model.lm_head.weight
     for index, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         each = {"input_norm": layer.input_layernorm.weight, "post_norm": layer.post_attention_layernorm.weight}
@@ -67,14 +67,14 @@ def expected_leaves(model):
             ("k", attention.k_proj, kv_heads),
             ("v", attention.v_proj, kv_heads),
         ):
-            each[name] = module.weight.view(count, head_dim, config.hidden_size).permute(2, 0, 1)
+            each[name] = module.weight.view(count, head_dim, config.hidden_size)
             if module.bias is not None:
                 each[f"{name}_bias"] = module.bias.view(count, head_dim)
-        each["o"] = attention.o_proj.weight.view(config.hidden_size, heads, head_dim).permute(1, 2, 0)
+        each["o"] = attention.o_proj.weight.view(config.hidden_size, heads, head_dim)
         if attention.o_proj.bias is not None:
             each["o_bias"] = attention.o_proj.bias
         for name, module in (("gate", mlp.gate_proj), ("up", mlp.up_proj), ("down", mlp.down_proj)):
-            each[name] = module.weight.T
+            each[name] = module.weight
             if module.bias is not None:
                 each[f"{name}_bias"] = module.bias
         table |= {f"layers.{index}.{name}": tensor for name, tensor in each.items()}
@@ -172,7 +172,7 @@ def test_manifest_says_what_the_checkpoint_is_and_came_from(tmp_path):
     assert all((ckpt / "tokenizer" / name).read_bytes() == (hf / name).read_bytes() for name in copied)
     on_disk = {str(path.relative_to(ckpt)) for path in ckpt.glob("params/*/*") if path.name != ".zarray"}
     assert on_disk == set(manifest.files)
-    assert manifest.leaves["layers.0.q"] == {"shape": [32, 4, 8], "dtype": "bfloat16", "chunks": [32, 1, 8]}
+    assert manifest.leaves["layers.0.q"] == {"shape": [4, 8, 32], "dtype": "bfloat16", "chunks": [1, 8, 32]}
     assert manifest.parameters == sum(tensor.numel() for tensor in model.parameters())
 
 
@@ -376,7 +376,7 @@ def test_bin_with_transposed_weights_converts(tiny, tmp_path):
     state = state_of(tiny)
     to_bin(tiny, {name: tensor.T.contiguous().T if tensor.ndim == 2 else tensor for name, tensor in state.items()})
     convert(tiny, tmp_path / "ckpt", verify=True, quiet=True)
-    assert np.array_equal(read_all(tmp_path / "ckpt")["layers.0.down"], state[DOWN].T.numpy())
+    assert np.array_equal(read_all(tmp_path / "ckpt")["layers.0.down"], state[DOWN].numpy())
 
 
 class Evil:
@@ -650,14 +650,14 @@ def test_complete_folder_is_left_alone_and_belongs_to_its_source(tiny, tmp_path)
 def test_verify_finds_a_tensor_that_differs_and_a_file_that_is_damaged(tiny, tmp_path):
     ckpt = tmp_path / "ckpt"
     convert(tiny, ckpt, quiet=True)
-    chunk = ckpt / "params" / "layers.0.down" / "1.0"
+    chunk = ckpt / "params" / "layers.0.down" / "0.1"
     changed = bytearray(chunk.read_bytes())
     changed[0] ^= 1
     chunk.write_bytes(changed)
-    with pytest.raises(CheckpointError, match=r"layers.0.down/1.0: its bytes changed"):
+    with pytest.raises(CheckpointError, match=r"layers.0.down/0.1: its bytes changed"):
         convert(tiny, ckpt, verify=True, quiet=True)
     manifest = json.loads((ckpt / "manifest.json").read_text())
-    manifest["files"]["params/layers.0.down/1.0"]["xxh3_128"] = xxhash.xxh3_128_hexdigest(bytes(changed))
+    manifest["files"]["params/layers.0.down/0.1"]["xxh3_128"] = xxhash.xxh3_128_hexdigest(bytes(changed))
     (ckpt / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConvertError, match=f"1 tensors differ from the source: {DOWN} .layers.0.down."):
         convert(tiny, ckpt, verify=True, quiet=True)

@@ -106,7 +106,7 @@ def test_llama_70b_over_six_is_refused_with_every_reason():
 
 
 def test_a_mesh_axis_used_twice_names_the_parameter():
-    twice = Parameter("q", (("q", Leaf((8, 4, 2), ("embed", "heads", "head_dim"))),), 1)
+    twice = Parameter("q", (("q", Leaf((4, 2, 8), ("heads", "head_dim", "embed"))),), 1)
     with pytest.raises(LayoutError, match="q: the rules use a mesh axis twice"):
         partition_spec(twice, Rules(embed=("tensor",)))
 
@@ -118,12 +118,15 @@ def test_a_mesh_axis_used_twice_names_the_parameter():
     st.integers(5, 40),
 )
 def test_shards_put_together_are_the_leaves(stage, tensor, heads, vocabulary):
-    """Queries and vocabulary are cut without loss or overlap; each device holds the KV head of its queries."""
+    """Queries, their output and vocabulary are cut without loss or overlap; each device holds its queries' KV head."""
     rules, sizes = Rules(), {"stage": stage, "data": 1, "tensor": tensor}
     queries, keys = heads
     table = {
-        "q": Leaf((6, queries, 2), ("embed", "heads", "head_dim")),
-        "k": Leaf((6, keys, 2), ("embed", "kv_heads", "head_dim")),
+        "q": Leaf((queries, 2, 6), ("heads", "head_dim", "embed")),
+        "k": Leaf((keys, 2, 6), ("kv_heads", "head_dim", "embed")),
+        "q_bias": Leaf((queries, 2), ("heads", "head_dim")),
+        "k_bias": Leaf((keys, 2), ("kv_heads", "head_dim")),
+        "o": Leaf((6, queries, 2), ("embed", "heads", "head_dim")),
         "embed": Leaf((vocabulary, 6), ("vocab", "embed")),
     }
     arrays = {name: np.random.default_rng(0).normal(size=leaf.shape) for name, leaf in table.items()}
@@ -138,13 +141,20 @@ def test_shards_put_together_are_the_leaves(stage, tensor, heads, vocabulary):
         return array
 
     qk = Parameter("qk", (("q", table["q"]), ("k", table["k"])), 1)
+    biases = Parameter("biases", (("q_bias", table["q_bias"]), ("k_bias", table["k_bias"])), 0)
     own_queries = queries // tensor
     for rank in range(tensor):
-        q, k = np.split(local(qk, tensor=rank), [own_queries * 2], axis=1)
-        assert (q == arrays["q"][:, rank * own_queries : (rank + 1) * own_queries].reshape(6, -1)).all()
+        own = slice(rank * own_queries, (rank + 1) * own_queries)
         first = rank * own_queries // (queries // keys)
         last = ((rank + 1) * own_queries - 1) // (queries // keys)
-        assert (k == arrays["k"][:, first : last + 1].reshape(6, -1)).all()
+        q, k = np.split(local(qk, tensor=rank), [own_queries * 2])
+        assert (q == arrays["q"][own].reshape(-1, 6)).all()
+        assert (k == arrays["k"][first : last + 1].reshape(-1, 6)).all()
+        q, k = np.split(local(biases, tensor=rank), [own_queries * 2])
+        assert (q == arrays["q_bias"][own].ravel()).all() and (k == arrays["k_bias"][first : last + 1].ravel()).all()
+    o = Parameter("o", (("o", table["o"]),), 2)
+    whole = np.concatenate([local(o, tensor=rank) for rank in range(tensor)], axis=1)
+    assert whole.shape == global_shape(o, rules, sizes) and (whole == arrays["o"].reshape(6, -1)).all()
     embed = Parameter("embed", (("embed", table["embed"]),), 1)
     parts = [local(embed, stage=s, tensor=t) for s in range(stage) for t in range(tensor)]
     whole = np.concatenate(parts)

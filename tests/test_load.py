@@ -59,11 +59,11 @@ def drop(piece, array):
 def test_every_device_gets_its_slices_whatever_the_threads(tmp_path, mesh, heads, vocabulary, threads):
     wide, (queries, keys) = 24, heads
     leaves = {"embed": Leaf((vocabulary, wide), ("vocab", "embed")), "norm": Leaf((wide,), ("embed",))}
-    leaves["head"] = Leaf((wide, vocabulary), ("embed", "vocab"))
+    leaves["head"] = Leaf((vocabulary, wide), ("vocab", "embed"))
     for layer in range(5):
-        leaves[f"layers.{layer}.q"] = Leaf((wide, queries, 5), ("embed", "heads", "head_dim"))
-        leaves[f"layers.{layer}.k"] = Leaf((wide, keys, 5), ("embed", "kv_heads", "head_dim"))
-        leaves[f"layers.{layer}.o"] = Leaf((queries, 5, wide), ("heads", "head_dim", "embed"))
+        leaves[f"layers.{layer}.q"] = Leaf((queries, 5, wide), ("heads", "head_dim", "embed"))
+        leaves[f"layers.{layer}.k"] = Leaf((keys, 5, wide), ("kv_heads", "head_dim", "embed"))
+        leaves[f"layers.{layer}.o"] = Leaf((wide, queries, 5), ("embed", "heads", "head_dim"))
     arrays, reader = write(tmp_path, leaves)
     rules, mesh = Rules(), make_mesh(parse_mesh(mesh))
     parameters = {name: Parameter(name, ((name, leaf),), len(leaf.shape) - 1) for name, leaf in leaves.items()}
@@ -87,43 +87,58 @@ def test_every_device_gets_its_slices_whatever_the_threads(tmp_path, mesh, heads
 
 
 @pytest.fixture(scope="module")
-def gate_up(tmp_path_factory):
-    leaves = {name: Leaf((256, 4096), ("embed", "mlp")) for name in ("gate", "up")}
-    return leaves, *write(tmp_path_factory.mktemp("load"), leaves)
+def mlp(tmp_path_factory):
+    """Tensor parallelism cuts gate and up by rows, down by columns."""
+    leaves = {name: Leaf((4096, 256), ("mlp", "embed")) for name in ("gate", "up")}
+    leaves["down"] = Leaf((256, 4096), ("embed", "mlp"))
+    parameters = {
+        names: Parameter(names, tuple((name, leaves[name]) for name in names.split("+")), 1)
+        for names in ("gate+up", "down")
+    }
+    return parameters, *write(tmp_path_factory.mktemp("load"), leaves)
 
 
+def shard(arrays, names, own):
+    if names == "down":
+        return arrays["down"][:, own]
+    return np.concatenate([arrays[name][own] for name in names.split("+")])
+
+
+@pytest.mark.parametrize("names", ["gate+up", "down"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("tensor", [1, 2, 8, 16])
-def test_a_device_reads_only_the_chunks_of_its_shard(gate_up, tensor, dtype):
-    leaves, arrays, reader = gate_up
+def test_a_device_reads_only_the_chunks_of_its_shard(mlp, tensor, dtype, names):
+    parameters, arrays, reader = mlp
     sizes, coords = {"stage": 1, "data": 1, "tensor": tensor}, {"stage": 0, "data": 0, "tensor": tensor - 1}
-    piece = local_piece(Parameter("gate_up", tuple(leaves.items()), 1), Rules(), sizes, coords, dtype)
+    piece = local_piece(parameters[names], Rules(), sizes, coords, dtype)
     before, found = reader.bytes_read, []
     fill(reader, [piece], lambda _, array: found.append(array), 3)
-    assert reader.bytes_read - before == 2 * max(8 // tensor, 1) * 256 * 512 * 4
+    assert reader.bytes_read - before == len(names.split("+")) * max(8 // tensor, 1) * 256 * 512 * 4
     own = slice((tensor - 1) * 4096 // tensor, 4096)
-    expected = np.concatenate([arrays[name][:, own] for name in ("gate", "up")], axis=1)
-    assert np.array_equal(found[0], expected.astype(dtype))
+    assert np.array_equal(found[0], shard(arrays, names, own).astype(dtype))
 
 
-def test_devices_of_one_process_share_a_chunk_file_that_several_need(gate_up):
-    leaves, arrays, reader = gate_up
-    sizes, parameter = {"stage": 1, "data": 1, "tensor": 16}, Parameter("gate_up", tuple(leaves.items()), 1)
+@pytest.mark.parametrize("names", ["gate+up", "down"])
+def test_devices_of_one_process_share_a_chunk_file_that_several_need(mlp, names):
+    parameters, arrays, reader = mlp
+    sizes = {"stage": 1, "data": 1, "tensor": 16}
     all_coords = [{"stage": 0, "data": 0, "tensor": rank} for rank in range(16)]
-    pieces = [local_piece(parameter, Rules(), sizes, coords, np.float32, coords["tensor"]) for coords in all_coords]
+    pieces = [
+        local_piece(parameters[names], Rules(), sizes, coords, np.float32, coords["tensor"]) for coords in all_coords
+    ]
     before, found = reader.bytes_read, {}
     fill(reader, pieces, lambda piece, array: found.update({piece.owner: array}), 3)
-    assert reader.bytes_read - before == sum(entry["bytes"] for entry in reader.manifest.files.values())
+    assert reader.bytes_read - before == sum(arrays[name].nbytes for name in names.split("+"))
+    assert len(found) == 16
     for rank, array in found.items():
-        own = slice(rank * 256, rank * 256 + 256)
-        assert np.array_equal(array, np.concatenate([arrays[name][:, own] for name in ("gate", "up")], axis=1))
+        assert np.array_equal(array, shard(arrays, names, slice(rank * 256, rank * 256 + 256)))
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """24 leaves of 2 MiB in 8 chunk files each, and one of 96 MiB with chunks of 12 MiB, cut by columns."""
     leaves = {f"layers.{index:02}": Leaf((128, 4096), ("embed", "mlp")) for index in range(24)}
-    leaves["head"] = Leaf((3072, 8192), ("embed", "vocab"))
+    leaves["down"] = Leaf((3072, 8192), ("embed", "mlp"))
     return write(tmp_path_factory.mktemp("many"), leaves)[1]
 
 
@@ -131,7 +146,7 @@ def many(tmp_path_factory):
 @pytest.mark.parametrize("held", [0, 9 << 20])
 def test_host_memory_is_bounded_whatever_the_threads(many, threads, held):
     chunk, piece = 128 * 512 * 4, 128 * 4096 * 4
-    pieces = [whole_leaf(many, name) for name in many.manifest.leaves if name != "head"]
+    pieces = [whole_leaf(many, name) for name in many.manifest.leaves if name != "down"]
     tracemalloc.start()
     fill(many, pieces, drop, threads, held=held)
     peak = tracemalloc.get_traced_memory()[1]
@@ -142,7 +157,7 @@ def test_host_memory_is_bounded_whatever_the_threads(many, threads, held):
 
 @pytest.mark.parametrize("threads", THREADS)
 def test_beside_a_large_leaf_each_thread_holds_one_block(many, threads):
-    piece = whole_leaf(many, "head")
+    piece = whole_leaf(many, "down")
     tracemalloc.start()
     fill(many, [piece], drop, threads)
     peak = tracemalloc.get_traced_memory()[1]
@@ -158,7 +173,7 @@ def test_progress_comes_often_from_the_callers_thread_and_only_grows(many, threa
         assert threading.current_thread() is threading.main_thread()
         calls.append((done, total))
 
-    fill(many, [whole_leaf(many, "head")], drop, threads, loading)
+    fill(many, [whole_leaf(many, "down")], drop, threads, loading)
     total = 96 << 20
     assert calls[0] == (0, total) and calls[-1] == (total, total) and {each for _, each in calls} == {total}
     steps = np.diff([done for done, _ in calls])
@@ -209,7 +224,7 @@ class Listing(Reader):
 def test_an_error_in_one_thread_stops_the_others(many, tmp_path, threads):
     reader = Listing(many.folder, many.manifest)
     reader.asked = []
-    names = [name for name in many.manifest.leaves if name != "head"]
+    names = [name for name in many.manifest.leaves if name != "down"]
 
     def place(piece, array):
         if piece.owner == names[1]:
@@ -248,14 +263,14 @@ def test_no_file_of_the_checkpoint_is_ever_mapped(many):
 
             super().read_file(file, leaf, parts, look)
 
-    fill(Looking(many.folder, many.manifest), [whole_leaf(many, "head")], drop, 1)
+    fill(Looking(many.folder, many.manifest), [whole_leaf(many, "down")], drop, 1)
     params = str(many.folder / "params")
     assert any(params in each for each in opened)
     assert not any(params in each for each in maps)
 
 
 def test_a_cpu_device_takes_the_hosts_array_as_it_is(many):
-    parameter = Parameter("head", (("head", Leaf((3072, 8192), ("embed", "vocab"))),), 1)
+    parameter = Parameter("down", (("down", Leaf((3072, 8192), ("embed", "mlp"))),), 1)
     tracemalloc.start()
     (array,) = load(many, [parameter], make_mesh(parse_mesh("")), Rules(), np.float32, 2)
     gc.collect()
@@ -269,7 +284,7 @@ def test_a_device_that_copies_leaves_nothing_on_the_host(many, threads, monkeypa
     monkeypatch.setattr(
         "jaxinfer.checkpoint.fill.Piece.allocate", misaligned
     )  # then a CPU device copies, as a GPU does
-    names = ["layers.00", "layers.01", "layers.02", "layers.03", "head"]
+    names = ["layers.00", "layers.01", "layers.02", "layers.03", "down"]
     specs = [Leaf(tuple(many.manifest.leaves[name]["shape"]), ("embed", "mlp")) for name in names]
     parameters = [Parameter(name, ((name, spec),), 1) for name, spec in zip(names, specs)]
     mesh = make_mesh(parse_mesh(""))

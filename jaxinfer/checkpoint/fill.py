@@ -22,7 +22,7 @@ ALIGNMENT = 64  # what XLA wants of memory that a CPU device takes over without 
 
 @dataclass(frozen=True)
 class Piece:
-    """A host array to fill: leaves flattened to 2-D (the first `in_dims` dimensions are rows) and joined by columns.
+    """A host array to fill: leaves flattened to [out, in] (the last `in_dims` dimensions are in) and joined along out.
 
     What no leaf covers is zero. `owner` says whose it is, to the caller alone."""
 
@@ -44,14 +44,12 @@ class Piece:
 
     def views(self, array: np.ndarray) -> Iterator[tuple[str, Slices, np.ndarray]]:
         """Each leaf, the slice of it that is wanted, and where in `array` it goes, in the slice's shape."""
-        column = 0
+        row = 0
         for leaf, index in self.leaves:
             shape = _lengths(index)
-            rows, columns = prod(shape[: self.in_dims]), prod(shape[self.in_dims :])
-            view = array[..., column : column + columns]
-            view = view[:rows] if self.in_dims else view
-            yield leaf, index, view.reshape(shape, copy=False)
-            column += columns
+            rows = prod(shape[: len(shape) - self.in_dims])
+            yield leaf, index, array[row : row + rows].reshape(shape, copy=False)
+            row += rows
 
 
 def fill(

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxinfer.checkpoint.files import CheckpointError, write_whole
 
-FORMAT = 1
+FORMAT = 2  # 1 held matmul weights as [in, out]
 NAME = "manifest.json"
 PARAMS = "params"
 TOKENIZER = "tokenizer"
@@ -42,7 +42,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Reads and checks ``folder/manifest.json``.
 
     Raises:
-      CheckpointError: no such folder, no manifest in it, one that is not JSON or lacks a field, or a newer format.
+      CheckpointError: no such folder, no manifest in it, one that is not JSON or lacks a field, or another format.
     """
     folder = Path(folder)
     path = folder / NAME
@@ -65,6 +65,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(f"{path}: damaged, no format number")
     if data["format"] > FORMAT:
         raise CheckpointError(f"{path}: format {data['format']} is newer than this version reads ({FORMAT}); update")
+    if data["format"] < FORMAT:
+        old = f"format {data['format']} is of an older version, this one reads {FORMAT}"
+        raise CheckpointError(f"{path}: {old}; remove {folder} and convert the model again")
     names = {field.name for field in fields(Manifest)}
     if missing := names - data.keys():
         raise CheckpointError(f"{path}: damaged, missing {', '.join(sorted(missing))}")

@@ -14,7 +14,7 @@ class Leaf:
 
 
 def leaves(config: ModelConfig) -> dict[str, Leaf]:
-    """Leaf name to `Leaf`, matmul weights as [in, out]."""
+    """Leaf name to `Leaf`, matmul weights as [out, in], as Hugging Face has them."""
     sizes = {
         "vocab": config.vocab_size,
         "embed": config.hidden_size,
@@ -29,14 +29,14 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
 
     layer = {
         "input_norm": leaf("embed"),
-        "q": leaf("embed", "heads", "head_dim"),
-        "k": leaf("embed", "kv_heads", "head_dim"),
-        "v": leaf("embed", "kv_heads", "head_dim"),
-        "o": leaf("heads", "head_dim", "embed"),
+        "q": leaf("heads", "head_dim", "embed"),
+        "k": leaf("kv_heads", "head_dim", "embed"),
+        "v": leaf("kv_heads", "head_dim", "embed"),
+        "o": leaf("embed", "heads", "head_dim"),
         "post_norm": leaf("embed"),
-        "gate": leaf("embed", "mlp"),
-        "up": leaf("embed", "mlp"),
-        "down": leaf("mlp", "embed"),
+        "gate": leaf("mlp", "embed"),
+        "up": leaf("mlp", "embed"),
+        "down": leaf("embed", "mlp"),
     }
     if config.qkv_bias:
         layer |= {"q_bias": leaf("heads", "head_dim"), "k_bias": leaf("kv_heads", "head_dim")}
@@ -47,7 +47,7 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
         layer |= {"gate_bias": leaf("mlp"), "up_bias": leaf("mlp"), "down_bias": leaf("embed")}
     table = {"embed": leaf("vocab", "embed"), "norm": leaf("embed")}
     if not config.tied:
-        table["head"] = leaf("embed", "vocab")
+        table["head"] = leaf("vocab", "embed")
     for index in range(config.num_layers):
         table |= {f"layers.{index}.{name}": each for name, each in layer.items()}
     return table

@@ -2,7 +2,7 @@
 
 Flax modules describe one decoder layer and the two ends; `Parameter` says which checkpoint leaves make up each array.
 The calls run on one device's shard inside `jax.shard_map`: head counts and widths are read off the local weights, and
-each collective is written out. Matmul weights are [in, out]; q/k/v and gate/up are fused by columns."""
+each collective is written out. Matmul weights are [out, in]; q/k/v and gate/up are fused along out."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.leaves import leaves
+from jaxinfer.ops.linear import linear
 from jaxinfer.ops.norm import rms_norm
 from jaxinfer.ops.rope import rotate
 from jaxinfer.parallel import collectives
@@ -63,23 +64,23 @@ class Layer(nnx.Module):
     def _attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
         batch, length, _ = x.shape
         width, o = self.config.head_dim, self.o[...]
-        qkv = x @ self.qkv[...]
+        qkv = linear(x, self.qkv[...])
         if self.config.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
-        queries = o.shape[0]
+        queries = o.shape[1]
         keys = (qkv.shape[-1] - queries) // 2
         q, k, v = jnp.split(qkv, (queries, queries + keys), axis=-1)
         q, k, v = (each.reshape(batch, length, -1, width) for each in (q, k, v))
         mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        out = collectives.tensor_sum(mixed.reshape(batch, length, queries) @ o)
+        out = collectives.tensor_sum(linear(mixed.reshape(batch, length, queries), o))
         return out + self.o_bias[...] if self.config.o_bias else out
 
     def _mlp(self, x: jax.Array) -> jax.Array:
-        both = x @ self.gate_up[...]
+        both = linear(x, self.gate_up[...])
         if self.config.mlp_bias:
             both = both + self.gate_up_bias[...]
         gate, up = jnp.split(both, 2, axis=-1)
-        out = collectives.tensor_sum((ACTIVATIONS[self.config.activation](gate) * up) @ self.down[...])
+        out = collectives.tensor_sum(linear(ACTIVATIONS[self.config.activation](gate) * up, self.down[...]))
         return out + self.down_bias[...] if self.config.mlp_bias else out
 
 
@@ -108,6 +109,4 @@ class Ends(nnx.Module):
         """x [B, H] to float32 logits [B, V / n] of this device's part of the vocabulary."""
         x = rms_norm(x, self.norm[...], self.config.norm_eps)
         with jax.named_scope("head"):
-            if self.config.tied:
-                return jnp.einsum("bh,vh->bv", x, self.embed[...], preferred_element_type=jnp.float32)
-            return jnp.einsum("bh,hv->bv", x, self.head[...], preferred_element_type=jnp.float32)
+            return linear(x, self.embed[...] if self.config.tied else self.head[...], jnp.float32)

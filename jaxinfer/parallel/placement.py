@@ -37,7 +37,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One runtime array: `leaves` flattened to 2-D (the first `in_dims` dimensions are rows) and joined by columns.
+    """One runtime array: `leaves` flattened to [out, in] (the last `in_dims` dimensions are in) and joined along out.
 
     `layers` is None for an array outside the layers, else per stage the layer number or None for an empty slot; such
     an array has a leading stage dimension. Leaf names then hold ``{}`` for the layer number."""
@@ -74,20 +74,21 @@ def local_slice(axis: str | None, size: int, rules: Rules, sizes: MeshSizes, coo
 
 
 def local_shape(parameter: Parameter, rules: Rules, sizes: MeshSizes) -> tuple[int, ...]:
-    """Shape on one device, without the stage dimension: (rows, columns), or (columns,) where in_dims is 0."""
-    columns, rows = 0, 1
+    """Shape on one device, without the stage dimension: (rows, columns), or (rows,) where in_dims is 0."""
+    rows, columns = 0, 1
     for _, leaf in parameter.leaves:
         local = [local_size(axis, size, rules, sizes) for axis, size in zip(leaf.axes, leaf.shape)]
-        rows, columns = prod(local[: parameter.in_dims]), columns + prod(local[parameter.in_dims :])
-    return (rows, columns) if parameter.in_dims else (columns,)
+        split = len(local) - parameter.in_dims
+        rows, columns = rows + prod(local[:split]), prod(local[split:])
+    return (rows, columns) if parameter.in_dims else (rows,)
 
 
 def partition_spec(parameter: Parameter, rules: Rules) -> PartitionSpec:
     _, leaf = parameter.leaves[0]
     cut = [rules.mesh_axes(axis) for axis in leaf.axes]
-    rows = sum(cut[: parameter.in_dims], ())
-    columns = sum(cut[parameter.in_dims :], ())
-    dims = (rows, columns) if parameter.in_dims else (columns,)
+    split = len(cut) - parameter.in_dims
+    rows, columns = sum(cut[:split], ()), sum(cut[split:], ())
+    dims = (rows, columns) if parameter.in_dims else (rows,)
     stage = ("stage",) if parameter.layers is not None else ()
     used = [mesh_axis for dim in (stage, *dims) for mesh_axis in dim]
     if len(used) != len(set(used)):
