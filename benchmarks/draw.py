@@ -41,7 +41,9 @@ def read(paths: list[Path]) -> list[Group]:
     for path in paths:
         try:
             data = json.loads(path.read_bytes())
-            groups += [group for row in data["rows"] if (group := _group(data, row)) is not None]
+            # a row that is as near its floor as one before is the same figure in another unit
+            rows = {row["of_floor"] or row["name"]: row for row in reversed(data["rows"])}
+            groups += [group for row in reversed(rows.values()) if (group := _group(data, row)) is not None]
         except OSError as error:
             raise DrawError(f"{path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
@@ -59,9 +61,13 @@ def _group(data: dict[str, Any], row: dict[str, Any]) -> Group | None:
     if reference is None:
         return None
     values = {OURS: row["value"], **peers}
-    bars = {name: (share(unit, value, reference), f"{value:,.4g} {unit}") for name, value in values.items()}
+    bars = {name: (share(unit, value, reference) or 0.0, _text(value, unit)) for name, value in values.items()}
     title = ", ".join(filter(None, [data["model"], data["mesh_text"], f"{data['benchmark']}: {row['name']}"]))
     return Group(title, bars, share(unit, row["goal"], reference))
+
+
+def _text(value: float, unit: str) -> str:
+    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
 
 
 def draw(groups: list[Group], output: Path) -> None:

@@ -40,19 +40,18 @@ def share(unit: str, value: float | None, floor: float | None) -> float | None:
 
 def with_goals(rows: list[Row], benchmark: str, model: str, mesh: str, device_kind: str) -> list[Row]:
     """Adds what goals.json has for this work on this kind of device."""
-    known = [
-        each
+    known = {
+        each["row"]: each
         for each in json.loads(GOALS.read_text())
         if (each["benchmark"], each["model"], each["mesh"]) == (benchmark, model, mesh)
         and each["device"] in device_kind
-    ]
-    by_row = {each["row"]: each for each in known}
-    return [
-        attrs.evolve(row, goal=by_row[row.name]["goal"], peers=by_row[row.name]["peers"] | dict(row.peers))
-        if row.name in by_row
-        else row
-        for row in rows
-    ]
+    }
+    return [_with_goal(row, known[row.name]) if row.name in known else row for row in rows]
+
+
+def _with_goal(row: Row, known: Mapping[str, Any]) -> Row:
+    goal = known["goal"] if "goal" in known else known["goal_of_floor"] * row.floor
+    return attrs.evolve(row, goal=goal, peers=known["peers"] | dict(row.peers))
 
 
 def show(title: str, rows: list[Row], notes: Mapping[str, str]) -> None:

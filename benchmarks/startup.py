@@ -25,6 +25,7 @@ from benchmarks.report import Row, with_goals
 from benchmarks.shapes import NAMES, dtype_of, hf_config, model_config, random_prompts
 from convert.dummy import write_dummy
 from jaxinfer.options import Parser
+from jaxinfer.parallel.mesh import mesh_text, parse_mesh
 from jaxinfer.telemetry.manifest import git_commit
 
 PHASES = ("load", "compile", "prefill", "decode")
@@ -67,7 +68,9 @@ def start(args: argparse.Namespace, folder: Path, which: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "jaxinfer.generate", "--model", str(folder / "model"), "--load-format", "dummy"]
     command += ["--prompts", str(folder / "prompts.jsonl"), "--output", str(output), "--mesh", args.mesh]
     command += ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices else []
-    command += [part for name, value in args.engine.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    # the model's own context may be more than one device can hold
+    engine = {"max_context": args.prompt_tokens + args.new_tokens, **args.engine}
+    command += [part for name, value in engine.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     began = time.perf_counter()
     first = None
@@ -80,7 +83,10 @@ def start(args: argparse.Namespace, folder: Path, which: str) -> dict[str, Any]:
         ended = time.perf_counter() - began
         if process.returncode or first is None:
             log.seek(0)
-            raise ValueError(f"jaxinfer.generate ended with status {process.returncode}: {log.read()[-2000:]}")
+            text = log.read()
+            sys.stderr.write(text[-4000:])
+            last = (text.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"jaxinfer.generate ended with status {process.returncode}: {last}")
     metrics = json.loads(output.with_suffix(".metrics.json").read_bytes())
     run = json.loads(output.with_suffix(".run.json").read_bytes())["runs"][-1]
     return {"first_token_s": first, "end_s": ended, "metrics": metrics, "run": run}
@@ -97,11 +103,12 @@ def finish(args: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> None:
         ]
     run = runs["warm"]["run"]
     kind = run["devices"]["kind"]
-    rows = with_goals(rows, "startup", args.model, args.mesh, kind)
+    mesh = mesh_text(parse_mesh(args.mesh))
+    rows = with_goals(rows, "startup", args.model, mesh, kind)
     notes = {which: ", ".join(f"{name} {took:.2f} s" for name, took in each.items()) for which, each in phases.items()}
-    report.show(f"startup: {args.model}, {args.mesh or 'one device'} of {kind}", rows, notes)
+    report.show(f"startup: {args.model}, {mesh or 'one device'} of {kind}", rows, notes)
     if args.json is not None:
-        data = {"benchmark": "startup", "model": args.model, "mesh_text": args.mesh, **run, "command": sys.argv}
+        data = {"benchmark": "startup", "model": args.model, "mesh_text": mesh, **run, "command": sys.argv}
         data |= {"commit": git_commit(Path(__file__).parent), "limits": {}, "details": phases, "notes": notes}
         report.write(args.json, data, rows)
 

@@ -76,10 +76,9 @@ def main() -> None:
         ]
         details = {"seconds": done.latency, "ttft_p50_s": median(done.ttft), "engine": stats}
         details["tpot_p50_s"] = median(done.tpot) if done.tpot else None
-        if stats["steady_stage_ticks"]:
+        if bench.sizes["stage"] > 1 and stats["steady_stage_ticks"]:
             bubble = stats["steady_idle_stage_ticks"] / stats["steady_stage_ticks"]
-            details["steady_bubble_share"] = bubble
-            notes["pipeline bubble in steady decode"] = f"{bubble:.1%}"
+            rows.append(Row("bubble in steady decode", "%", bubble * 100))
         if stats["compiled_programs"]:
             notes["compiled inside the measured run"] = f"{stats['compile_seconds']:.1f} s"
         bench.finish(rows, details, notes)
