@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import floor
+from benchmarks import draw, floor, latency, throughput
 from benchmarks.common import fields
-from benchmarks.draw import DrawError, draw, read
+from benchmarks.draw import DrawError, read
 from benchmarks.limits import Limits
 from benchmarks.long_context import slope
 from benchmarks.report import Row, with_goals, write
@@ -21,12 +21,6 @@ from jaxinfer.parallel.mesh import parse_mesh
 ROOT = Path(__file__).parents[1]
 H200 = Limits(copy_bytes_per_s=4.2e12, matmul_flops_per_s=790e12)
 ONE = parse_mesh("")
-TOY = ["--model", "tiny", "--cpu-devices", "1"]
-
-
-def bench(name, *options):
-    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +111,9 @@ def test_shapes_are_configs_that_run(name):
 
 def test_latency_writes_what_draw_reads(tmp_path):
     found = tmp_path / "deep" / "latency.json"
-    size = ["--batch", "1,2", "--prompt-tokens", 16, "--new-tokens", 9, "--repeats", 1]
-    done = bench("latency", *TOY, *size, "--json", found)
+    command = [sys.executable, "-m", "benchmarks.latency", "--model", "tiny", "--cpu-devices", "1", "--batch", "1,2"]
+    command += ["--prompt-tokens", "16", "--new-tokens", "9", "--repeats", "1", "--json", str(found)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     data = json.loads(found.read_bytes())
     names = ["TPOT, B=1", "TTFT, B=1", "output, B=1", "TPOT, B=2", "TTFT, B=2", "output, B=2"]
@@ -128,15 +123,15 @@ def test_latency_writes_what_draw_reads(tmp_path):
     assert {"started", "commit", "versions", "devices", "limits", "mesh_text"} <= data.keys()
     groups = read([found])
     assert [group.title for group in groups] == [f"tiny, latency: {name}" for name in names]
-    draw(groups, tmp_path / "bench.png")
+    draw.draw(groups, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_throughput_counts_tokens(tmp_path):
+def test_throughput_counts_tokens(tmp_path, monkeypatch):
     found = tmp_path / "throughput.json"
-    size = ["--requests", 6, "--prompt-range", "4:20", "--new-tokens", 5, "--max-batch", 2]
-    done = bench("throughput", *TOY, *size, "--json", found)
-    assert done.returncode == 0, done.stderr
+    size = ["--requests", "6", "--prompt-range", "4:20", "--new-tokens", "5", "--max-batch", "2"]
+    monkeypatch.setattr(sys, "argv", ["throughput", "--model", "tiny", *size, "--json", str(found)])
+    throughput.main()
     data = json.loads(found.read_bytes())
     output, both, requests = (row["value"] * data["details"]["seconds"] for row in data["rows"])
     prompts = sum(lengths(6, (4, 20)))
@@ -145,17 +140,25 @@ def test_throughput_counts_tokens(tmp_path):
     assert data["details"]["engine"]["prefill_tokens"] == prompts
 
 
-def test_mistakes_take_one_line(tmp_path):
-    for options, text in (
-        (("latency", "--model", "none.json"), "model: 'none.json': No such file"),
-        (("latency", *TOY, "--new-tokens", 1), "at least 2"),
-        (("latency", *TOY, "--batch", "1,0"), "legal is N,N"),
-        (("latency", *TOY, "--engine", "kernels"), "legal is NAME=VALUE"),
-        (("throughput", *TOY, "--prompt-range", "9:3"), "legal is LOW:HIGH"),
-        (("draw", tmp_path / "none.json", "--output", "x.png"), "none.json: No such file"),
-    ):
-        done = bench(*options)
-        assert done.returncode != 0 and len(done.stderr.splitlines()) == 1 and text in done.stderr, done.stderr
+@pytest.mark.parametrize(
+    ("command", "options", "text"),
+    [
+        (latency, "--model none.json", "model: 'none.json': No such file"),
+        (latency, "--model tiny --new-tokens 1", "at least 2"),
+        (latency, "--model tiny --batch 1,0", "legal is N,N"),
+        (latency, "--model tiny --engine kernels", "legal is NAME=VALUE"),
+        (latency, "--model tiny --mesh tensr=2", "unknown axis 'tensr'"),
+        (latency, "--model tiny --engine kernls=off", "kernls: no such option"),
+        (throughput, "--model tiny --prompt-range 9:3", "legal is LOW:HIGH"),
+        (draw, "none.json --output x.png", "none.json: No such file"),
+    ],
+)
+def test_mistakes_take_one_line(command, options, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *options.split()])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    message = capsys.readouterr().err or str(ended.value)
+    assert ended.value.code != 0 and len(message.splitlines()) == 1 and text in message
 
 
 def test_draw_refuses_what_it_cannot_compare(tmp_path):
