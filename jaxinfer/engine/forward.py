@@ -14,6 +14,7 @@ from jaxinfer.models.llama import Ends, Layer
 from jaxinfer.ops import rope
 from jaxinfer.ops.attention import paged_attention, write_pages
 from jaxinfer.ops.decode_attention import decode_attention
+from jaxinfer.ops.prefill_attention import prefill_attention
 from jaxinfer.parallel.placement import Parameter
 from jaxinfer.parallel.stages import slots
 
@@ -74,10 +75,10 @@ class Decoder:
                     written.append(write_pages(k_pool[0, 0], k, tables, positions))
                     written.append(write_pages(v_pool[0, 0], v, tables, positions))
                     with jax.named_scope("paged_attention"):
-                        if self.kernels == "off" or q.shape[1] > 1:
+                        if self.kernels == "off":
                             return paged_attention(q, *written, tables, positions, window)
-                        interpret = self.kernels == "interpret"
-                        return decode_attention(q, *written, tables, positions, window, interpret)
+                        kernel = decode_attention if q.shape[1] == 1 else prefill_attention
+                        return kernel(q, *written, tables, positions, window, self.kernels == "interpret")
 
                 x = layer(x, cos, sin, attend)
                 return x, written[0][None, None], written[1][None, None]
