@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -346,7 +346,8 @@ def _same_everywhere(hosts: list[str], what: str, digest: bytes) -> None:
         )
 
 
-def _load(run: Run) -> Any:
+def _load(run: Run, meanwhile: Callable[[Any], None]) -> Any:
+    """The model with its weights; while they load, `meanwhile` is called with it."""
     import jax
 
     from jaxinfer.llm import LLM
@@ -368,7 +369,11 @@ def _load(run: Run) -> Any:
 
     try:
         with _usage():
-            llm = LLM(args.model, loading=loading, beat=run.life.beat, **engine_options(args))
+            llm = LLM(args.model, loading=loading, beat=run.life.beat, wait=False, **engine_options(args))
+        with llm.engine.loading_stops_at_error():
+            meanwhile(llm)
+        with _usage():
+            llm.engine.wait_loaded()
     except UserError as error:
         virtual = jax.default_backend() == "cpu" and args.cpu_devices is None and "devices, found" in str(error)
         raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}") from error
@@ -389,17 +394,21 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
     from jaxinfer.telemetry.profile import Profile
 
     args = run.args
-    llm = _load(run)
     requests: dict[str, Request] = {}
-    for place, record in enumerate(todo):
-        run.life.beat("prefill", 0)
-        if isinstance(record, InputRecord):
-            try:
-                requests[record.id] = llm.add(record)
-            except ValueError as error:
-                todo[place] = InputError(record.line, record.id, str(error))
-    if args.strict:
-        _stop_at_error(todo)
+
+    def add(llm: Any) -> None:
+        for place, record in enumerate(todo):
+            run.life.beat("load")
+            if isinstance(record, InputRecord):
+                try:
+                    requests[record.id] = llm.add(record)
+                except ValueError as error:
+                    todo[place] = InputError(record.line, record.id, str(error))
+        if args.strict:
+            _stop_at_error(todo)
+        llm.engine.prepare()
+
+    llm = _load(run, add)
     _write_errors(run, todo)
     if not requests:
         return

@@ -74,6 +74,8 @@ class LLM:
       cpu_devices: run on this many virtual CPU devices.
       loading: told (bytes loaded, bytes in all) while the weights load.
       beat: told where this process is: phase, step, and whether it may wait for others.
+      wait: return when the weights are loaded; otherwise the first request waits for them, and `loading` is called from
+        another thread.
       options: further fields of `EngineConfig`.
 
     Raises:
@@ -90,12 +92,14 @@ class LLM:
         cpu_devices: int | None = None,
         loading: Callable[[int, int], None] = lambda done, total: None,
         beat: Callable[[str, int, bool], None] = lambda phase, step, waits: None,
+        wait: bool = True,
         **options: Any,
     ):
         legal = [field.name for field in fields(EngineConfig)]
         unknown = [name for name in options if name not in legal]
         if unknown:
-            raise ValueError(f"{unknown[0]}: no such option; legal: {', '.join(legal)}, cpu_devices, loading, beat")
+            legal += ["cpu_devices", "loading", "beat", "wait"]
+            raise ValueError(f"{unknown[0]}: no such option; legal: {', '.join(legal)}")
         sizes = parse_mesh(mesh if isinstance(mesh, str) else ",".join(f"{axis}={size}" for axis, size in mesh.items()))
         if stage_layers is not None:
             text = stage_layers if isinstance(stage_layers, str) else ",".join(map(str, stage_layers))
@@ -105,6 +109,8 @@ class LLM:
             use_virtual_devices(cpu_devices)
         check_thread_pool()
         self.engine = Engine(path, config, loading, beat)
+        if wait:
+            self.engine.wait_loaded()
         self._open: dict[str, Request] = {}
 
     def add(self, record: InputRecord) -> Request:

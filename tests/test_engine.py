@@ -104,6 +104,19 @@ def test_slots_are_refilled_while_others_run(tiny):
     assert order[-1] == "long" and len(order) == 6
 
 
+def test_what_waiting_requests_need_is_compiled_before_they_run(tiny):
+    engine = make_engine(tiny, max_batch=8)
+    lengths = [3, 200, 40, 17, 17, 30, 120, 5, 64, 31]
+    for i, length in enumerate(lengths):
+        params = SamplingParams(max_new_tokens=20 + i, ignore_eos=True, temperature=float(i == 2))
+        engine.add(Request(str(i), [5] * length, params))
+    engine.prepare()
+    foreseen = set(engine._runner.programs.compiled())
+    finish(engine)
+    used = set(engine._runner.programs.compiled())
+    assert used == foreseen and {program.kind for program in used} == {"prefill", "decode"}
+
+
 def test_a_long_prompt_does_not_stall_decoding(tiny):
     engine = make_engine(tiny, max_batch=2, prefill_chunk=16, prefill_ticks=1)
     engine.add(Request("short", [5], SamplingParams(max_new_tokens=60, ignore_eos=True)))

@@ -71,11 +71,12 @@ def check_programs(checkpoint, mesh: str, dtype: str, requests: int = 4) -> None
         engine.add(Request(str(name), [3, 4, 5], SamplingParams(max_new_tokens=6, ignore_eos=True)))
     while engine.has_unfinished():
         engine.step()
+    engine.wait_loaded()
     runner = engine._runner
     weights = {each.addressable_data(0).size for each in jax.tree.leaves(runner._params)}
     matrices = {size for size in weights if size > MODEL["hidden_size"]}  # norms are as small as an activation
     pools = [each.addressable_data(0).size for each in (*runner._state.k, *runner._state.v)]
-    programs = [(key[0], program.as_text()) for key, program in runner.programs._compiled.items()]
+    programs = [(key.kind, program.as_text()) for key, program in runner.programs.compiled().items()]
     assert {name for name, _ in programs} == {"decode", "prefill"}
     for name, text in programs:
         assert not written_anew(text, matrices | set(pools)), name

@@ -22,6 +22,11 @@ class Features(NamedTuple):
     logprobs: bool = False
     score: bool = False  # prompt logprobs
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the program takes the rows' sampling parameters."""
+        return self.sample or self.adjust
+
 
 class Emitted(NamedTuple):
     """Tokens [B] and, where asked for, logprob and rank [B], top ids and logprobs [B, 20] (None otherwise)."""

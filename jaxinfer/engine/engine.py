@@ -1,8 +1,11 @@
 """The loop from requests to tokens. Every process runs it on the same requests and reads the same results."""
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,9 @@ from jaxinfer.tokenizer import load_tokenizer
 class Engine:
     """Loads a checkpoint onto a mesh and turns requests into tokens: `add`, then `step` while `has_unfinished`.
 
+    The weights load in a thread: `wait_loaded` waits for them, or else the first `step`. Until then requests can be
+    added, and what they need be compiled.
+
     `loading` is told (bytes read so far, bytes in all) while this process's weights load; `beat` where it is: phase,
     step, and whether it is inside JAX, which may wait for other processes.
 
@@ -63,17 +69,18 @@ class Engine:
         decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, self.dtype, jax.local_devices()[0]))
         limit = min(map(device_limit, jax.local_devices()))
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
-        self.tokenizer = load_tokenizer(self.path)
         self.stats = Stats()
         self._beat, self.steps = beat, 0
-        params = self._load(decoder, rules, loading)
+        self._unwanted = threading.Event()
+        self._loading: Future | None = ThreadPoolExecutor(1, "load").submit(self._load, decoder, rules, loading)
+        with self.loading_stops_at_error():
+            self.tokenizer = load_tokenizer(self.path)
         self._runner = Runner(
             decoder,
             config,
             self.mesh,
             rules,
             self.dtype,
-            params,
             self.memory.pages,
             self.max_context,
             lambda: beat("compile", self.steps, False),
@@ -91,6 +98,7 @@ class Engine:
                 prefill_ticks=config.prefill_ticks or max(4, config.max_batch // 16),
             )
         )
+        self._prepared = False
         self._samples: dict[Sequence, Sample] = {}
         self._open: dict[str, list[Sequence]] = {}
         self._next_uid = 0
@@ -136,7 +144,8 @@ class Engine:
             self.scheduler.add(sequence)  # refuses the first if any: all ask for the same pages
         if not self._open:
             self._runner.forget_requirements()
-        self._runner.require(params)
+            self._prepared = False
+        self._runner.require(params, sequences[0].cache_tokens)
         now = time.perf_counter()
         for sequence in sequences:
             own = replace(request, params=sequence.params)
@@ -167,8 +176,36 @@ class Engine:
             self.abort(name)
         return names
 
+    def prepare(self) -> None:
+        """Begins to compile what the requests so far will need."""
+        if not self._prepared and self.has_unfinished():
+            self._runner.compile_ahead(self.scheduler.ahead())
+            self._prepared = True
+
+    def wait_loaded(self) -> None:
+        """Waits until the weights are on the devices.
+
+        Raises:
+          CheckpointError: they cannot be read.
+        """
+        if self._loading is not None:
+            with self.loading_stops_at_error():
+                self._runner.begin(self._loading.result())
+            self._loading = None
+
+    @contextmanager
+    def loading_stops_at_error(self) -> Iterator[None]:
+        """An error in here ends the loading of weights too: Python does not end before its threads."""
+        try:
+            yield
+        except BaseException:
+            self._unwanted.set()
+            raise
+
     def step(self) -> list[Update]:
         """Enqueues the next dispatch, then reads the one before: the device works while the host looks at tokens."""
+        self.prepare()
+        self.wait_loaded()
         dispatch = self.scheduler.schedule()
         self.steps += 1
         if dispatch is not None:
@@ -256,12 +293,18 @@ class Engine:
 
     def _load(self, decoder: Decoder, rules: Rules, loading: Callable[[int, int], None]) -> Any:
         began, reader = time.perf_counter(), Reader(self.path, self.manifest)
+
+        def told(done: int, total: int) -> None:
+            if self._unwanted.is_set():
+                raise RuntimeError("nobody waits for the weights any more")
+            loading(done, total)
+
         parameters, dtype = decoder.parameters(), np.dtype(self.dtype)
         if self.config.load_format == "dummy":
-            params = random_params(parameters, self.mesh, rules, dtype, self.config.seed, loading)
+            params = random_params(parameters, self.mesh, rules, dtype, self.config.seed, told)
         else:
             threads = self.config.load_threads or default_threads()
-            params = load(reader, parameters, self.mesh, rules, dtype, threads, loading)
+            params = load(reader, parameters, self.mesh, rules, dtype, threads, told)
         self.stats.load_seconds = time.perf_counter() - began
         self.stats.load_bytes = reader.bytes_read
         # a decode tick reads every weight on the device, but of an untied embedding only a row per sequence

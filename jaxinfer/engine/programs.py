@@ -1,9 +1,11 @@
 """The engine's compiled programs and the sharding of what they take and give."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,29 @@ from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Features
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.steps import DecodeInputs, PrefillInputs, State, decode_block, prefill_tick
+from jaxinfer.ops.sampling import SamplingArrays, sampling_arrays
 from jaxinfer.parallel.mesh import VOCAB_AXES, mesh_sizes
-from jaxinfer.parallel.placement import Parameter, Rules, local_size, partition_spec
+from jaxinfer.parallel.placement import Parameter, Rules, global_shape, local_size, partition_spec
 
 POOL = P("stage", "data", None, None, "tensor", None)
+COMPILING_AT_ONCE = 4  # in one process; several compile one by one, in the same order, since they tune kernels together
+
+
+class Program(NamedTuple):
+    """What a program is compiled for: r = `rows` rows per microbatch (decode), or R = `rows` rows of C = `tokens`
+    tokens (prefill), block tables of W = `width` pages, what requests need, whether the state counts tokens."""
+
+    kind: str
+    rows: int
+    tokens: int
+    width: int
+    features: Features
+    counts: bool
 
 
 class Programs:
-    """Compiles a program the first time that its bucket is needed: table width, prefill shape, features; `compiling` is
-    called before and after each."""
+    """Compiles a program before its first use, or ahead of it, in threads; `compiling` is called while `run` waits, at
+    each program that is ready."""
 
     def __init__(
         self,
@@ -32,17 +48,16 @@ class Programs:
         mesh: Mesh,
         rules: Rules,
         dtype: Any,
+        pages: int,
         compiling: Callable[[], None],
     ):
-        self._compiling = compiling
+        self._compiling, self._pages = compiling, pages
         self._decoder, self._config, self._mesh, self._rules, self._dtype = decoder, config, mesh, rules, dtype
-        self._compiled: dict[Any, Any] = {}
-        self.compile_seconds = 0.0
-        self._params_spec = jax.tree.map(
-            lambda parameter: partition_spec(parameter, rules),
-            decoder.parameters(),
-            is_leaf=lambda leaf: isinstance(leaf, Parameter),
-        )
+        self._sizes = mesh_sizes(mesh)
+        self._compiled: dict[Program, Future] = {}
+        self._threads = ThreadPoolExecutor(COMPILING_AT_ONCE if jax.process_count() == 1 else 1, "compile")
+        self._tracing = threading.Lock()
+        self.compile_seconds = 0.0  # that `run` waited
 
     @property
     def count(self) -> int:
@@ -50,56 +65,18 @@ class Programs:
 
     def rows(self) -> int:
         """Decode rows of one microbatch and data shard."""
-        return -(-self._config.max_batch // self._mesh.shape["stage"])
+        return -(-self._config.max_batch // self._sizes["stage"])
 
-    def _state_spec(self, counts: bool) -> State:
-        slots = len(self._decoder.slots)
-        keys = {f"{rows}x{length}": P("stage", "data") for rows, length in self._config.prefill_shapes()}
-        by_data = P("data")
-        return State(
-            [POOL] * slots,
-            [POOL] * slots,
-            by_data,
-            by_data,
-            by_data,
-            P("stage", "data"),
-            keys,
-            P("data", None, VOCAB_AXES) if counts else None,
-        )
+    def slots(self) -> int:
+        return self._sizes["stage"] * self.rows()
 
-    def new_state(self, pages: int) -> State:
-        """Everything zero, made on the devices."""
-        model, sizes = self._decoder.config, mesh_sizes(self._mesh)
-        stages, shards, tensor = sizes["stage"], sizes["data"], sizes["tensor"]
-        kv_heads = local_size("kv_heads", model.num_kv_heads, self._rules, sizes) * tensor
-        slots = len(self._decoder.slots)
-
-        def zeros() -> State:
-            def pool():
-                return jnp.zeros((stages, shards, pages, self._config.page_size, kv_heads, model.head_dim), self._dtype)
-
-            def row(dtype):
-                return jnp.zeros((shards, stages, self.rows()), dtype)
-
-            def hidden(*shape):
-                return jnp.zeros((stages, shards, *shape, model.hidden_size), self._dtype)
-
-            prefill = {f"{rows}x{length}": hidden(rows, length) for rows, length in self._config.prefill_shapes()}
-            pools = [pool() for _ in range(slots)], [pool() for _ in range(slots)]
-            return State(*pools, row(jnp.int32), row(jnp.int32), row(bool), hidden(self.rows(), 1), prefill, None)
-
-        shardings = jax.tree.map(partial(NamedSharding, self._mesh), self._state_spec(counts=False))
-        return jax.jit(zeros, out_shardings=shardings)()
+    def new_state(self) -> State:
+        """Everything zero, made on the devices; without counts."""
+        return self._zeros(self._state(counts=False))
 
     def with_counts(self, state: State) -> State:
         """Adds the token counts, which only requests with penalties, bias or min_new_tokens need."""
-        sizes = mesh_sizes(self._mesh)
-        width = (
-            local_size("vocab", self._decoder.config.vocab_size, self._rules, sizes) * sizes["stage"] * sizes["tensor"]
-        )
-        shape = (sizes["data"], sizes["stage"] * self.rows(), width)
-        sharding = NamedSharding(self._mesh, P("data", None, VOCAB_AXES))
-        return state._replace(counts=jax.jit(lambda: jnp.zeros(shape, jnp.int32), out_shardings=sharding)())
+        return state._replace(counts=self._zeros(self._state(counts=True).counts))
 
     def replicated(self, tree: Any) -> Any:
         """Host arrays, equal on all processes, as arrays on every device."""
@@ -108,36 +85,136 @@ class Programs:
             lambda each: jax.make_array_from_callback(each.shape, sharding, lambda index: each[index]), tree
         )
 
-    def decode(self, params: Any, state: State, inputs: DecodeInputs, sampling: Any, features: Features):
-        key = ("decode", inputs.tables.shape, features, state.counts is None)
-        body = partial(decode_block, self._decoder, features, self._config.decode_steps)
-        return self._run(key, body, 1, params, state, inputs, sampling)
-
-    def prefill(self, params: Any, state: State, inputs: PrefillInputs, sampling: Any, features: Features):
-        key = ("prefill", inputs.tokens.shape, inputs.tables.shape, features, state.counts is None)
-        return self._run(key, partial(prefill_tick, self._decoder, features), 2, params, state, inputs, sampling)
-
-    def _run(self, key: Any, body: Any, outputs: int, params: Any, state: State, inputs: Any, sampling: Any) -> Any:
-        if key not in self._compiled:
-            # float32 means float32: no tf32 in place of it on the GPU
-            precision = "highest" if np.dtype(self._dtype) == np.float32 else "default"
-
-            def precise(*arguments):
-                with jax.default_matmul_precision(precision):
-                    return body(*arguments)
-
-            spec = self._state_spec(counts=state.counts is not None)
-            mapped = jax.shard_map(
-                precise,
-                mesh=self._mesh,
-                in_specs=(self._params_spec, spec, P(), P()),
-                out_specs=(spec, *(P(),) * outputs),
-                check_vma=False,
+    def inputs(self, program: Program) -> DecodeInputs | PrefillInputs:
+        """Host arrays of zeros, for the caller to fill in."""
+        stages, shards = self._sizes["stage"], self._sizes["data"]
+        if program.kind == "decode":
+            shape = (shards, stages * program.rows)
+            return DecodeInputs(
+                active=np.zeros(shape, bool),
+                keep=np.zeros(shape, bool),
+                limit=np.zeros(shape, np.int32),
+                prompt_length=np.zeros(shape, np.int32),
+                tables=np.zeros((*shape, program.width), np.int32),
             )
+        shape, of_tokens = (stages, shards, program.rows), (shards, program.rows, program.tokens)
+        start, count, prompt_length, slot = (np.zeros(shape, np.int32) for _ in range(4))
+        return PrefillInputs(
+            tokens=np.zeros(of_tokens, np.int32),
+            start=start,
+            count=count,
+            prompt_length=prompt_length,
+            slot=slot,
+            final=np.zeros(shape, bool),
+            tables=np.zeros((*shape, program.width), np.int32),
+            targets=np.zeros(of_tokens, np.int32) if program.features.score else None,
+        )
+
+    def compile_ahead(self, programs: Iterable[Program]) -> None:
+        """Begins to compile programs, in this order; all processes name the same."""
+        for program in programs:
+            if program not in self._compiled:
+                self._compiled[program] = self._threads.submit(self._compile, program)
+
+    def run(
+        self,
+        program: Program,
+        params: Any,
+        state: State,
+        inputs: DecodeInputs | PrefillInputs,
+        sampling: SamplingArrays | None,
+    ) -> Any:
+        """What `decode_block` or `prefill_tick` returns; `state` is gone after that."""
+        self.compile_ahead([program])
+        future = self._compiled[program]
+        began = time.perf_counter()
+        while not future.done():
             self._compiling()
-            began = time.perf_counter()
-            lowered = jax.jit(mapped, donate_argnums=1).lower(params, state, inputs, sampling)
-            self._compiled[key] = lowered.compile()
-            self.compile_seconds += time.perf_counter() - began
-            self._compiling()
-        return self._compiled[key](params, state, inputs, sampling)
+            wait([each for each in self._compiled.values() if not each.done()], return_when=FIRST_COMPLETED)
+            if future.done():
+                self.compile_seconds += time.perf_counter() - began
+                self._compiling()
+        return future.result()(params, state, inputs, sampling)
+
+    def compiled(self) -> dict[Program, jax.stages.Compiled]:
+        """All programs so far; waits for those that are being compiled."""
+        return {program: future.result() for program, future in self._compiled.items()}
+
+    def _compile(self, program: Program) -> jax.stages.Compiled:
+        features = program.features
+        if program.kind == "decode":
+            body, outputs = partial(decode_block, self._decoder, features, self._config.decode_steps), 1
+        else:
+            body, outputs = partial(prefill_tick, self._decoder, features), 2
+        # float32 means float32: no tf32 in place of it on the GPU
+        precision = "highest" if np.dtype(self._dtype) == np.float32 else "default"
+
+        def precise(*arguments):
+            with jax.default_matmul_precision(precision):
+                return body(*arguments)
+
+        precise.__name__ = program.kind  # what traces call it
+        params, state = self._params(), self._state(program.counts)
+        specs = jax.tree.map(lambda each: each.sharding.spec, (params, state))
+        mapped = jax.shard_map(
+            precise,
+            mesh=self._mesh,
+            in_specs=(*specs, P(), P()),
+            out_specs=(specs[1], *(P(),) * outputs),
+            check_vma=False,
+        )
+        rows = None
+        if features.reads_rows:
+            rows = sampling_arrays((self._sizes["data"], self.slots()))
+            rows = jax.tree.map(lambda each: self._shape(each.shape, each.dtype, P()), rows)
+        with self._tracing:  # it holds Python's lock: side by side, all would be late
+            lowered = jax.jit(mapped, donate_argnums=1).lower(params, state, self.inputs(program), rows)
+        return lowered.compile()
+
+    def _shape(self, shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
+
+    def _params(self) -> Any:
+        """The shapes of the weights."""
+        return jax.tree.map(
+            lambda parameter: self._shape(
+                global_shape(parameter, self._rules, self._sizes), self._dtype, partition_spec(parameter, self._rules)
+            ),
+            self._decoder.parameters(),
+            is_leaf=lambda leaf: isinstance(leaf, Parameter),
+        )
+
+    def _state(self, counts: bool) -> State:
+        """The shapes of the state."""
+        model, sizes = self._decoder.config, self._sizes
+        stages, shards, tensor = sizes["stage"], sizes["data"], sizes["tensor"]
+        kv_heads = local_size("kv_heads", model.num_kv_heads, self._rules, sizes) * tensor
+        columns = local_size("vocab", model.vocab_size, self._rules, sizes) * stages * tensor
+        cache = (stages, shards, self._pages, self._config.page_size, kv_heads, model.head_dim)
+
+        def row(dtype):
+            return self._shape((shards, stages, self.rows()), dtype, P("data"))
+
+        def hidden(*shape):
+            return self._shape((stages, shards, *shape, model.hidden_size), self._dtype, P("stage", "data"))
+
+        k, v = ([self._shape(cache, self._dtype, POOL) for _ in self._decoder.slots] for _ in range(2))
+        return State(
+            k=k,
+            v=v,
+            token=row(jnp.int32),
+            position=row(jnp.int32),
+            flying=row(bool),
+            x=hidden(self.rows(), 1),
+            prefill_x={f"{rows}x{length}": hidden(rows, length) for rows, length in self._config.prefill_shapes()},
+            counts=self._shape((shards, self.slots(), columns), jnp.int32, P("data", None, VOCAB_AXES))
+            if counts
+            else None,
+        )
+
+    @staticmethod
+    def _zeros(shapes: Any) -> Any:
+        def zeros():
+            return jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes)
+
+        return jax.jit(zeros, out_shardings=jax.tree.map(lambda each: each.sharding, shapes))()

@@ -12,10 +12,10 @@ from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Emitted, Features
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.params import SamplingParams
-from jaxinfer.engine.programs import Programs
+from jaxinfer.engine.programs import Program, Programs
 from jaxinfer.engine.request import stop_ids
-from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence
-from jaxinfer.engine.steps import DecodeInputs, PrefillInputs
+from jaxinfer.engine.sequence import Ahead, DecodeBlock, PrefillTick, Sequence
+from jaxinfer.engine.steps import DecodeInputs, PrefillInputs, State
 from jaxinfer.ops.sampling import SamplingArrays, sampling_arrays, set_row
 from jaxinfer.parallel.mesh import mesh_sizes
 from jaxinfer.parallel.placement import Rules
@@ -39,7 +39,9 @@ class Result:
 
 
 class Runner:
-    """Holds the weights, the device state and the rows' sampling parameters."""
+    """Holds the weights, the device state and the rows' sampling parameters.
+
+    Programs can be compiled before `begin` brings the weights."""
 
     def __init__(
         self,
@@ -48,62 +50,75 @@ class Runner:
         mesh: Mesh,
         rules: Rules,
         dtype: Any,
-        params: Any,
         pages: int,
         max_context: int,
         compiling: Callable[[], None],
     ):
-        self.programs = Programs(decoder, config, mesh, rules, dtype, compiling)
-        self._params = params
+        self.programs = Programs(decoder, config, mesh, rules, dtype, pages, compiling)
+        self._params: Any = None
+        self._state: State | None = None
+        self._counts = False  # the state counts tokens
         self._eos = decoder.config.eos_token_ids
-        self._state = self.programs.new_state(pages)
-        sizes = mesh_sizes(mesh)
-        self._shards, self._stages = sizes["data"], sizes["stage"]
-        self._slots = self._stages * self.programs.rows()
+        self._stages = mesh_sizes(mesh)["stage"]
         self._page_size = config.page_size
         self._widths = config.table_widths(max_context)
-        self._sampling = sampling_arrays((self._shards, self._slots))
+        # kernels read as far as sequences reach, so that a wide table costs them nothing and spares a program
+        self._whole_tables = decoder.kernels != "off"
+        self._sampling = sampling_arrays((mesh_sizes(mesh)["data"], self.programs.slots()))
         self._owners: dict[tuple[int, int], Sequence] = {}
         self._on_device: SamplingArrays | None = None
         self._required = Features()
+        self._longest = 1  # tokens of an unfinished request, at its end
+
+    def begin(self, params: Any) -> None:
+        """Takes the weights and makes the state."""
+        self._params, self._state = params, self.programs.new_state()
+
+    def compile_ahead(self, ahead: Ahead) -> None:
+        """Begins to compile what the waiting requests will need."""
+        features = self._required._replace(score=ahead.score)
+        prefills = [
+            self._program("prefill", *shape, self._width(self._pages(tokens)), features)
+            for shape, tokens in ahead.prefills
+        ]
+        first, last = (self._width(self._pages(tokens)) for tokens in ahead.decodes)
+        widths = [width for width in self._widths if first <= width <= last] if ahead.rows else []
+        decodes = [self._program("decode", ahead.rows, 0, width, self._required) for width in widths]
+        # decoding soon follows the first prefill
+        self.programs.compile_ahead([*prefills[:1], *decodes, *prefills[1:]])
+
+    def _program(self, kind: str, rows: int, tokens: int, width: int, features: Features) -> Program:
+        return Program(kind, rows, tokens, width, features, self._counts or features.adjust)
 
     def forget_requirements(self) -> None:
         """Back to plain greedy programs; only when nothing is unfinished."""
-        self._required = Features()
+        self._required, self._longest = Features(), 1
 
-    def require(self, params: SamplingParams) -> None:
-        """From here on, programs can do what these parameters need. It lasts while requests are unfinished: a set of
-        features that followed each batch's mix would compile a program per mix."""
+    def require(self, params: SamplingParams, tokens: int) -> None:
+        """From here on, programs can do what these parameters and so many cached tokens need. It lasts while requests
+        are unfinished: a set of features that followed each batch's mix would compile a program per mix."""
         self._required = Features(*map(max, self._required, _required(params)))
+        self._longest = max(self._longest, tokens)
 
     def decode(self, block: DecodeBlock) -> Result:
-        shape = (self._shards, self._stages * block.rows)
-        active, keep = np.zeros(shape, bool), np.asarray(block.keep, bool)
-        limit, prompt_length = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         rows = [
-            (shard, slot, sequence)
+            ((shard, at), sequence)
             for shard, owners in enumerate(block.owners)
-            for slot, sequence in enumerate(owners)
+            for at, sequence in enumerate(owners)
             if sequence is not None
         ]
-        tables = self._tables(shape, [((d, s), sequence.pages) for d, s, sequence in rows])
-        for shard, slot, sequence in rows:
-            active[shard, slot] = True
-            limit[shard, slot] = sequence.limit
-            prompt_length[shard, slot] = len(sequence.prompt)
-        inputs = DecodeInputs(active, keep, limit, prompt_length, tables)
-        features = self._features(score=False)
-        self._state, emitted = self.programs.decode(
-            self._params, self._state, inputs, self._row_sampling(features), features
-        )
+        width = self._width(max(len(sequence.pages) for _, sequence in rows))
+        program = self._program("decode", block.rows, 0, width, self._required)
+        inputs = self.programs.inputs(program)
+        inputs.keep[:] = block.keep
+        for at, sequence in rows:
+            inputs.active[at] = True
+            inputs.limit[at], inputs.prompt_length[at] = sequence.limit, len(sequence.prompt)
+            inputs.tables[at][: len(sequence.pages)] = sequence.pages
+        emitted = self._run(program, inputs)[0]
         return Result(emitted).start_copy()
 
     def prefill(self, tick: PrefillTick) -> Result:
-        rows, length = tick.shape
-        shape = (self._stages, self._shards, rows)
-        start, count, prompt_length, slot = (np.zeros(shape, np.int32) for _ in range(4))
-        final = np.zeros(shape, bool)
-        tokens = np.zeros((self._shards, rows, length), np.int32)
         live = [
             ((stage, shard, row), each)
             for stage, shards in enumerate(tick.stages)
@@ -111,34 +126,38 @@ class Runner:
             for row, each in enumerate(shard_rows)
             if each is not None
         ]
-        for at, each in live:
-            start[at], count[at], final[at] = each.start, each.count, each.final
-            prompt_length[at], slot[at] = len(each.seq.prompt), each.seq.slot
-            if at[0] == 0:
-                tokens[at[1], at[2], : each.count] = each.seq.tokens[each.start : each.start + each.count]
+        features = self._required._replace(score=any(each.seq.score for _, each in live))
+        pages = max((len(each.pages) for _, each in live), default=1)
+        program = self._program("prefill", *tick.shape, self._width(pages), features)
+        inputs = self.programs.inputs(program)
+        for (stage, shard, row), each in live:
+            at, tokens = (stage, shard, row), each.seq.tokens
+            inputs.start[at], inputs.count[at], inputs.final[at] = each.start, each.count, each.final
+            inputs.prompt_length[at], inputs.slot[at] = len(each.seq.prompt), each.seq.slot
+            inputs.tables[at][: len(each.pages)] = each.pages
+            if stage == 0:
+                inputs.tokens[shard, row, : each.count] = tokens[each.start : each.start + each.count]
                 self._own(each.seq)
-        features = self._features(score=any(each.seq.score for _, each in live))
-        targets = None
-        if features.score:
-            targets = np.zeros_like(tokens)
-            for (stage, shard, row), each in live:
-                if stage == self._stages - 1:
-                    known = each.seq.tokens[each.start + 1 : each.start + each.count + 1]
-                    targets[shard, row, : len(known)] = known
-        tables = self._tables(shape, [(at, each.pages) for at, each in live])
-        inputs = PrefillInputs(tokens, start, count, prompt_length, slot, final, tables, targets)
-        self._state, emitted, scored = self.programs.prefill(
-            self._params, self._state, inputs, self._row_sampling(features), features
-        )
+            if features.score and stage == self._stages - 1:
+                known = tokens[each.start + 1 : each.start + each.count + 1]
+                inputs.targets[shard, row, : len(known)] = known
+        emitted, scored = self._run(program, inputs)
         return Result(emitted, scored).start_copy()
 
-    def _tables(self, shape: tuple[int, ...], pages: list[tuple[Any, Any]]) -> np.ndarray:
-        longest = max((len(each) for _, each in pages), default=1)
-        width = next(width for width in self._widths if width >= longest)
-        tables = np.zeros((*shape, width), np.int32)
-        for at, each in pages:
-            tables[at][: len(each)] = each
-        return tables
+    def _run(self, program: Program, inputs: DecodeInputs | PrefillInputs) -> list[Any]:
+        if program.counts and not self._counts:
+            self._state, self._counts = self.programs.with_counts(self._state), True
+        sampling = self._row_sampling() if program.features.reads_rows else None
+        self._state, *emitted = self.programs.run(program, self._params, self._state, inputs, sampling)
+        return emitted
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self._page_size)
+
+    def _width(self, pages: int) -> int:
+        if self._whole_tables:
+            pages = max(pages, self._pages(self._longest))
+        return next(width for width in self._widths if width >= pages)
 
     def _own(self, sequence: Sequence) -> None:
         """Writes the sampling row of a sequence that has just got its slot."""
@@ -148,18 +167,10 @@ class Runner:
             set_row(self._sampling, key, sequence.params, sequence.seed, stop_ids(sequence.params, self._eos))
             self._on_device = None
 
-    def _row_sampling(self, features: Features) -> SamplingArrays | None:
-        if not (features.sample or features.adjust):
-            return None
+    def _row_sampling(self) -> SamplingArrays:
         if self._on_device is None:
             self._on_device = self.programs.replicated(jax.tree.map(np.copy, self._sampling))
         return self._on_device
-
-    def _features(self, score: bool) -> Features:
-        features = self._required._replace(score=score)
-        if features.adjust and self._state.counts is None:
-            self._state = self.programs.with_counts(self._state)
-        return features
 
 
 def _required(params: SamplingParams) -> Features:

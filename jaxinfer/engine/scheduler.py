@@ -7,10 +7,13 @@ the dispatches so far have fed, so every process decides alike and dispatches ah
 import bisect
 import heapq
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxinfer.engine.pages import PageAllocator
-from jaxinfer.engine.sequence import DecodeBlock, PrefillRow, PrefillTick, Sequence, State
+from jaxinfer.engine.sequence import Ahead, DecodeBlock, PrefillRow, PrefillTick, Sequence, State
+
+TICK_TOKENS = 256  # what a prefill tick costs beside its tokens, in tokens: reading the weights, launches
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class SchedulerConfig:
     pages: int  # per shard, the null page included
     page_size: int  # tokens
     decode_steps: int  # K
-    prefill_shapes: tuple[tuple[int, int], ...]  # (R, C), all of about the same R * C
-    prefill_ticks: int  # entering ticks between two decode blocks while sequences decode
+    prefill_shapes: tuple[tuple[int, int], ...]  # (R, C)
+    prefill_ticks: int  # entering ticks of the largest R * C between two decode blocks while sequences decode
     patience: int = 128  # decode blocks wider than need be that cost about as much as compiling a narrower program
 
     def __post_init__(self):
@@ -37,6 +40,11 @@ class SchedulerConfig:
     @property
     def slots(self) -> int:
         return self.stages * self.rows
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Token slots of a shard that may enter between two decode blocks while sequences decode."""
+        return self.prefill_ticks * max(rows * chunk for rows, chunk in self.prefill_shapes)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -63,6 +71,23 @@ def row_buckets(rows: int) -> tuple[int, ...]:
     while buckets[-1] < rows:
         buckets.append(min(4 * buckets[-1], rows))
     return tuple(buckets)
+
+
+def _cost(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1] + TICK_TOKENS
+
+
+def _taken(left: Iterable[int], shape: tuple[int, int]) -> list[int]:
+    """Of sequences with so many tokens left, in order, what a shard's rows of this shape take: each sequence as many
+    rows as it fills, until there are no more."""
+    (rows, chunk), taken = shape, []
+    for tokens in left:
+        if not rows:
+            break
+        used = min(rows, -(-tokens // chunk))
+        taken.append(min(tokens, used * chunk))
+        rows -= used
+    return taken
 
 
 def _arrival(seq: Sequence) -> int:
@@ -134,7 +159,7 @@ class Scheduler:
         self._dispatched: deque[PrefillTick | DecodeBlock] = deque()
         self._shape: tuple[int, int] | None = None  # of the rows in the prefill pipeline
         self._pipeline: list[list[list[PrefillRow | None]]] = []  # rows whose next stage is index + 1
-        self._entered = 0  # prefill ticks with entering rows since the last decode block
+        self._entered = 0  # token slots of the prefill ticks with entering rows since the last decode block
         self._was_full = False
         self._buckets: set[int] = set()  # row buckets in use: their programs are compiled
         self._fresh = True  # no decode block since nothing was unfinished
@@ -187,7 +212,7 @@ class Scheduler:
         """The next dispatch; it counts as dispatched. None: there is none before results are completed."""
         self._release_drained()
         decoding = any(seq.state is State.RUNNING for shard in self._shards for seq in shard.residents)
-        may_enter = not decoding or self._entered < self.config.prefill_ticks
+        may_enter = not decoding or self._entered < self.config.prefill_tokens
         dispatch = self._prefill_tick(may_enter)
         if dispatch is None and decoding:
             # No block comes back when the decoding rows all gave their pages to earlier arrivals still in prefill.
@@ -242,6 +267,32 @@ class Scheduler:
             if new or always:
                 results.append((seq, new))
         return results
+
+    def ahead(self) -> Ahead:
+        """What the waiting sequences that get slots at once will need, if nothing else runs and pages suffice."""
+        config, prefills = self.config, []
+        waiting = [seq for _, seq in sorted(self._queue) if seq.state is State.WAITING]
+        waiting = waiting[: config.slots * config.shards]
+        left = [[seq, len(seq.tokens)] for seq in waiting[:: config.shards]]  # of the first shard, as of the others
+        while left:
+            rows, chunk = max(
+                config.prefill_shapes,
+                key=lambda shape: (sum(min(shape[1], tokens) for _, tokens in left[: shape[0]]), shape[1]),
+            )
+            prefills.append(((rows, chunk), max(len(seq.tokens) for seq, _ in left[:rows])))
+            for row in left[:rows]:
+                row[1] -= min(chunk, row[1])
+            left = [row for row in left if row[1]]
+        decoding = [seq for seq in waiting if seq.limit > len(seq.tokens)]
+        return Ahead(
+            list(dict.fromkeys(prefills)),
+            any(seq.score for seq in waiting),
+            self._expected_rows() if decoding else 0,
+            (
+                max((min(len(seq.tokens) + config.decode_steps, seq.limit) for seq in decoding), default=1),
+                max((seq.limit for seq in decoding), default=1),
+            ),
+        )
 
     @property
     def has_unfinished(self) -> bool:
@@ -361,7 +412,7 @@ class Scheduler:
             self._shape = shape
             self._pipeline = [self._empty_rows() for _ in range(self.config.stages - 1)]
         entering = self._enter() if enter else self._empty_rows()
-        self._entered += enter
+        self._entered += enter * self._shape[0] * self._shape[1]
 
         stages = [entering, *self._pipeline]
         self._pipeline = stages[:-1]
@@ -382,32 +433,44 @@ class Scheduler:
     def _empty_rows(self) -> list[list[PrefillRow | None]]:
         return [[None] * self._shape[0] for _ in self._shards]
 
-    def _tick_tokens(self, shape: tuple[int, int]) -> int:
-        """Tokens that would enter in one tick of this shape."""
-        rows, chunk = shape
-        return sum(min(chunk, seq.target - seq.prefilled) for shard in self._shards for seq in shard.filling[:rows])
+    def _left(self) -> list[list[int]]:
+        """Per shard, tokens to prefill of each sequence."""
+        return [[seq.target - seq.prefilled for seq in shard.filling] for shard in self._shards]
 
     def _choose_shape(self, ticks_to_empty: int) -> tuple[int, int]:
-        """The shape that takes the most tokens in one tick, ties to the longer chunk.
-
-        While rows of one shape are in flight, another must first pay for itself: the waiting tokens at the new rate,
-        after the ticks that empty the pipeline, must take fewer ticks than at the present rate.
+        """The best shape; but while rows of one shape are in flight, another must first pay for itself: the waiting
+        tokens at the new rate, after the ticks that empty the pipeline, must take less time than at the present rate.
         """
-        best = max(self.config.prefill_shapes, key=lambda shape: (self._tick_tokens(shape), shape[1]))
+        left = self._left()
+        best = self._best_shape(left)
         if not ticks_to_empty or best == self._shape:
             return best
-        new, now = self._tick_tokens(best), self._tick_tokens(self._shape)
-        left = sum(seq.target - seq.prefilled for shard in self._shards for seq in shard.filling)
-        return best if ticks_to_empty * now * new < left * (new - now) else self._shape
+        new, now = (sum(sum(_taken(each, shape)) for each in left) for shape in (best, self._shape))
+        new_cost, now_cost, tokens = _cost(best), _cost(self._shape), sum(map(sum, left))
+        pays = ticks_to_empty * now_cost * now * new + tokens * new_cost * now < tokens * now_cost * new
+        return best if pays else self._shape
+
+    def _best_shape(self, left: list[list[int]]) -> tuple[int, int]:
+        """The shape that takes the most tokens for its cost, ties to more tokens, then to the longer chunk."""
+
+        def worth(shape):
+            tokens = sum(sum(_taken(each, shape)) for each in left)
+            return tokens / _cost(shape), tokens, shape[1]
+
+        return max(self.config.prefill_shapes, key=worth)
 
     def _enter(self) -> list[list[PrefillRow | None]]:
         entering = self._empty_rows()
         for shard, rows in zip(self._shards, entering, strict=True):
-            for r, seq in enumerate(shard.filling[: len(rows)]):
-                count = min(self._shape[1], seq.target - seq.prefilled)
-                final = seq.prefilled + count == seq.target
-                rows[r] = PrefillRow(seq, seq.prefilled, count, final, seq.epoch, seq.pages)
-                seq.prefilled += count
+            r = 0
+            for seq, tokens in zip(shard.filling, _taken([s.target - s.prefilled for s in shard.filling], self._shape), strict=False):
+                end = seq.prefilled + tokens
+                while seq.prefilled < end:
+                    count = min(self._shape[1], end - seq.prefilled)
+                    final = seq.prefilled + count == seq.target
+                    rows[r] = PrefillRow(seq, seq.prefilled, count, final, seq.epoch, seq.pages)
+                    seq.prefilled += count
+                    r += 1
             shard.filling = [seq for seq in shard.filling if seq.prefilled < seq.target]
         return entering
 
@@ -465,8 +528,7 @@ class Scheduler:
             [[of_shard[slot] for slot in first_rows] for of_shard in keep],
         )
 
-    @property
-    def expected_rows(self) -> int:
+    def _expected_rows(self) -> int:
         """The row bucket that decoding all unfinished sequences at once would take."""
         slots = len(self._shards) * self.config.stages
         return self._covering(min(self.config.rows, -(-self._unfinished // slots)))
@@ -485,7 +547,7 @@ class Scheduler:
         rows = min((bucket for bucket in self._buckets if bucket >= wanted), default=0)
         self._too_wide += rows > wanted
         if self._fresh or not rows:
-            rows = max(wanted, self.expected_rows)
+            rows = max(wanted, self._expected_rows())
         elif self._too_wide >= self.config.patience:
             rows = wanted
         if rows == wanted:

@@ -73,6 +73,16 @@ class PrefillTick:
     stages: list[list[list[PrefillRow | None]]]  # [S][D][R]: index 0 enters now, index S-1 exits now; stale rows: None
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What sequences that wait will probably need; a wrong guess costs time only."""
+
+    prefills: list[tuple[tuple[int, int], int]]  # (R, C) of ticks, and tokens of their longest block table
+    score: bool  # some of those score
+    rows: int  # row bucket of decode blocks; 0: there will be none
+    decodes: tuple[int, int]  # tokens of their longest block table, at first and at last
+
+
 @dataclass(eq=False)
 class DecodeBlock:
     """K decode steps over the first `rows` rows of each microbatch; b rows are m * rows to (m + 1) * rows - 1 below. A
