@@ -42,7 +42,7 @@ def read(paths: list[Path]) -> list[Group]:
         try:
             data = json.loads(path.read_bytes())
             # a row that is as near its floor as one before is the same figure in another unit
-            rows = {row["of_floor"] or row["name"]: row for row in reversed(data["rows"])}
+            rows = {_key(row): row for row in reversed(data["rows"])}
             groups += [group for row in reversed(rows.values()) if (group := _group(data, row)) is not None]
         except OSError as error:
             raise DrawError(f"{path}: {error.strerror}") from None
@@ -51,6 +51,10 @@ def read(paths: list[Path]) -> list[Group]:
     if not groups:
         raise DrawError(f"{paths[0]}: no figure with a floor, a goal or a peer")
     return groups
+
+
+def _key(row: dict[str, Any]) -> Any:
+    return row["name"] if row["of_floor"] is None else round(row["of_floor"], 9)
 
 
 def _group(data: dict[str, Any], row: dict[str, Any]) -> Group | None:

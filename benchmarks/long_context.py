@@ -40,8 +40,8 @@ def main() -> None:
         size = floor.step_bytes(bench.model, args.batch, cached, bench.item) / 1e9
         name = f"B={args.batch}, S={args.context}"
         rows = [
-            Row(f"{name}, TPOT", "ms", seconds * 1e3, least * 1e3),
             Row(f"{name}, decode", "GB/s", size / seconds, size / least),
+            Row(f"{name}, TPOT", "ms", seconds * 1e3, least * 1e3),
         ]
         bench.finish(rows, {"bytes_per_step": size * 1e9, "prefill_s": prefilled - began}, {})
 

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from benchmarks.common import count
@@ -21,6 +21,8 @@ from benchmarks.shapes import random_prompts
 from benchmarks.throughput import lengths, span
 
 WARM_REQUESTS = 8
+CPU_BLOCKS = 64
+CPU_BATCH_TOKENS = 512
 
 
 def main() -> None:
@@ -46,7 +48,12 @@ def measure(model: Any, prompts: list[list[int]], new_tokens: int) -> float:
     """Seconds from the first request that goes in to the last that comes out."""
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     hints = WorkloadHints(max(map(len, prompts)), new_tokens, len(prompts))
-    with model.continuous_batching_context_manager(config, workload_hints=hints) as manager:
+    # on a CPU it would take nearly all of the host's memory, and fill it with zeros
+    sizes = {"num_blocks": CPU_BLOCKS, "max_batch_tokens": CPU_BATCH_TOKENS} if model.device.type == "cpu" else {}
+    own = ContinuousBatchingConfig(**sizes)
+    with model.continuous_batching_context_manager(
+        config, continuous_batching_config=own, workload_hints=hints
+    ) as manager:
         finish_all(manager, prompts[:WARM_REQUESTS], new_tokens)
         synchronize()
         began = time.perf_counter()
