@@ -424,22 +424,26 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
     if run.first:
         show(summary, counts)
     if profile is not None:
-        _show_profile(run, profile, llm.engine.steps)
+        _show_profile(run, profile, llm.engine)
     if summary["stopped_by"]:
         left = f"{summary['unfinished']:,} of {len(requests):,} requests are left"
         run.say(f"stopped by {summary['stopped_by']}: {left}; the same command does the rest")
 
 
-def _show_profile(run: Run, profile: Any, steps: int) -> None:
-    from jaxinfer.telemetry.profile import summary
+def _show_profile(run: Run, profile: Any, engine: Any) -> None:
+    from jaxinfer.telemetry.breakdown import show
 
+    first, last = run.args.profile_steps
     if not profile.traced:
-        first = run.args.profile_steps[0]
-        run.say(f"WARNING: nothing was traced: the run had {steps} steps, --profile-steps begins at {first}")
-    elif run.first:
-        for line in summary(profile.folder):
-            run.say(f"profile of rank 0, {line}")
-        run.say(f"traces: tensorboard --logdir {run.args.profile}")
+        run.say(f"WARNING: nothing was traced: the run had {engine.steps} steps, --profile-steps begins at {first}")
+        return
+    run.life.beat("profile")
+    own = profile.devices(engine.mesh)
+    run.life.beat("profile", 1, True)
+    devices = [each for devices in distributed.everyone(own) for each in devices]
+    if run.first:
+        show(devices, f"profile of steps {first} to {last}")
+    run.say(f"traces: tensorboard --logdir {run.args.profile}")
 
 
 def _write_errors(run: Run, todo: list[InputRecord | InputError]) -> None:

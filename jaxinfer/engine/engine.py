@@ -32,6 +32,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.parallel.mesh import LayoutError, make_mesh, mesh_sizes, parse_mesh
 from jaxinfer.parallel.placement import Rules, check_layout
 from jaxinfer.parallel.stages import balance, check_stage_layers
+from jaxinfer.telemetry import ranges
 from jaxinfer.tokenizer import load_tokenizer
 
 
@@ -212,7 +213,8 @@ class Engine:
             run = self._runner.prefill if isinstance(dispatch, PrefillTick) else self._runner.decode
             self._count(dispatch)
             self._beat(_phase(dispatch), self.steps, True)
-            result, programs = run(dispatch), self._runner.programs
+            with ranges.step(_phase(dispatch), self.steps):
+                result, programs = run(dispatch), self._runner.programs
             self._in_flight.append((dispatch, result, time.perf_counter() - programs.compile_seconds))
             self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
         elif not self._in_flight:

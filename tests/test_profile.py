@@ -1,0 +1,69 @@
+"""Traces of some steps, and what is made of them."""
+
+import pytest
+
+from convert.run import convert
+from engine_run import make_engine
+from hf_models import make_hf_folder
+from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.request import Request
+from jaxinfer.telemetry.breakdown import breakdown, show
+from jaxinfer.telemetry.profile import Profile
+from jaxinfer.telemetry.xplane import Span
+
+
+def span(start_us, end_us, program="decode", op="dot", scope="", communicates=False):
+    return Span(start_us * 1e3, end_us * 1e3, program, op, scope, communicates)
+
+
+def test_each_nanosecond_counts_once():
+    spans = [
+        span(0, 100, "prefill", "a"),
+        span(150, 200, op="a", scope="jit(decode)/layer_slot_0/attention/paged_attention/dot"),
+        span(190, 230, op="b", scope="jit(decode)/layer_slot_0/attention/psum", communicates=True),  # 10 us hidden
+        span(235, 245, op="c", scope="jit(decode)/layer_slot_0/mlp/dot"),  # after a launch gap of 5 us
+        span(345, 350, op="d"),  # after 100 us without work
+    ]
+    found = breakdown(spans, stages=1)
+    assert set(found) == {"prefill", "decode"} and found["prefill"]["compute"] == pytest.approx(0.1)
+    decode = found["decode"]
+    times = {name: decode[name] * 1e3 for name in ("compute", "communication", "hidden", "launch", "idle")}
+    assert times == pytest.approx({"compute": 65, "communication": 30, "hidden": 10, "launch": 5, "idle": 150})
+    parts = {name: [time * 1e3 for time in times] for name, times in decode["parts"].items()}
+    assert parts["paged_attention"] == pytest.approx([50, 0]) and parts["attention"] == pytest.approx([0, 40])
+    assert parts["mlp"] == pytest.approx([10, 0]) and parts["other"] == pytest.approx([5, 0])
+
+
+def test_steps_are_counted_by_what_repeats():
+    # six ticks of three stages are two steps; what runs once around the loop does not count
+    spans = [span(0, 10, op="before"), *(span(20 * tick, 20 * tick + 10, op=op) for tick in range(1, 7) for op in "ab")]
+    assert breakdown(sorted(spans), stages=3)["decode"]["steps"] == 2
+    assert breakdown(sorted(spans), stages=3)["decode"]["compute"] == pytest.approx(0.07 / 2)
+
+
+def test_a_real_trace(tmp_path, capsys):
+    make_hf_folder(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    engine = make_engine(tmp_path / "ckpt", "stage=2,tensor=2")
+    profile = Profile(tmp_path / "traces", 4, 6, rank=3)
+    for name in range(4):
+        engine.add(Request(str(name), [3, 4, 5], SamplingParams(max_new_tokens=40, ignore_eos=True)))
+    while engine.has_unfinished():
+        profile.before(engine.steps)
+        engine.step()
+    profile.close()
+    assert len(list((tmp_path / "traces" / "rank-3").rglob("*.xplane.pb"))) == 1
+    devices = profile.devices(engine.mesh)
+    assert [(each["rank"], each["device"], each["stage"]) for each in devices] == [(3, n, n // 2) for n in range(4)]
+    for each in devices:
+        decode = each["programs"]["decode"]
+        assert 2 * 4 <= decode["steps"] <= 4 * 4  # of 4 per dispatch; another may have been under way at the start
+        assert min(decode[name] for name in ("compute", "communication", "kernels")) > 0
+        computing = {name for name, (compute, _) in decode["parts"].items() if compute}
+        communicating = {name for name, (_, communication) in decode["parts"].items() if communication}
+        assert computing >= {"attention", "paged_attention", "mlp", "head", "sample", "embed"}
+        assert communicating >= {"attention", "mlp", "embed"} and "paged_attention" not in communicating
+        assert sum(map(sum, decode["parts"].values())) > 0.99 * (decode["compute"] + decode["communication"])
+    show(devices, "steps 4 to 6")
+    shown = capsys.readouterr().err
+    assert "steps 4 to 6: ms per decode step" in shown and "paged_attention" in shown
