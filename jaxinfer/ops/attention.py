@@ -15,7 +15,11 @@ def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, positions: j
     page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // page_size, axis=1)
     cell = jnp.where(positions < 0, 0, page * page_size + positions % page_size)
     flat = pool.reshape(pages * page_size, heads, width)
-    flat = flat.at[cell.reshape(-1)].set(new.reshape(-1, heads, width).astype(pool.dtype))
+    cell, new = cell.reshape(-1), new.reshape(-1, heads, width).astype(pool.dtype)
+    if cell.size == 1 and jax.default_backend() == "cpu":
+        # of one row XLA's CPU compiler makes a copy of the pool; the second goes to the null page
+        cell, new = jnp.append(cell, 0), jnp.concatenate([new, new])
+    flat = flat.at[cell].set(new)
     return flat.reshape(pool.shape)
 
 
