@@ -19,6 +19,7 @@ from jaxinfer.cluster.monitor import supervise
 from jaxinfer.cluster.pulse import Alone, Pulse
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.worker import UserError
+from jaxinfer.compile_cache import use_compile_cache
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Request
 from jaxinfer.inputs import InputError, InputRecord, parse_record, read_file
@@ -330,7 +331,7 @@ def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -
 
     from jaxinfer.outputs import prompt_hash
 
-    own = ("process_id", "prompts", "model", "output")  # paths may be spelt differently on each node
+    own = ("process_id", "prompts", "model", "output", "compile_cache")  # paths may be spelt differently on each node
     parts = [repr(sorted((key, value) for key, value in vars(args).items() if key not in own))]
     parts += [f"{each.id}\0{prompt_hash(each) if isinstance(each, InputRecord) else ''}" for each in records]
     return xxhash.xxh3_128_digest("\n".join(parts).encode())
@@ -353,6 +354,9 @@ def _load(run: Run, meanwhile: Callable[[Any], None]) -> Any:
     from jaxinfer.llm import LLM
 
     args = run.args
+    run.life.beat("start", 5, waits=True)
+    if warning := use_compile_cache(args.compile_cache):
+        run.say(f"WARNING: {warning}")
     run.life.beat("load")
     hosts = distributed.hosts()
     place = jax.process_index()
@@ -369,7 +373,14 @@ def _load(run: Run, meanwhile: Callable[[Any], None]) -> Any:
 
     try:
         with _usage():
-            llm = LLM(args.model, loading=loading, beat=run.life.beat, wait=False, **engine_options(args))
+            llm = LLM(
+                args.model,
+                compile_cache="none",  # it is there already
+                loading=loading,
+                beat=run.life.beat,
+                wait=False,
+                **engine_options(args),
+            )
         with llm.engine.loading_stops_at_error():
             meanwhile(llm)
         with _usage():

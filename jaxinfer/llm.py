@@ -1,5 +1,6 @@
 """The Python interface: a checkpoint on a mesh, from prompts to text."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +10,7 @@ from typing import Any
 
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.cluster.cpu import check_thread_pool, use_virtual_devices
+from jaxinfer.compile_cache import use_compile_cache
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.params import SamplingParams
@@ -72,6 +74,8 @@ class LLM:
       dtype: of weights, activations and cache; the checkpoint's if None.
       stage_layers: layers per stage, as ``7,7,6,6`` or a sequence; balanced if None.
       cpu_devices: run on this many virtual CPU devices.
+      compile_cache: folder that keeps compiled programs for later runs, or ``none``; ``~/.cache/jaxinfer/xla`` on GPUs
+        if None (see `use_compile_cache`).
       loading: told (bytes loaded, bytes in all) while the weights load.
       beat: told where this process is: phase, step, and whether it may wait for others.
       wait: return when the weights are loaded; otherwise the first request waits for them, and `loading` is called from
@@ -90,6 +94,7 @@ class LLM:
         dtype: str | None = None,
         stage_layers: str | Sequence[int] | None = None,
         cpu_devices: int | None = None,
+        compile_cache: str | None = None,
         loading: Callable[[int, int], None] = lambda done, total: None,
         beat: Callable[[str, int, bool], None] = lambda phase, step, waits: None,
         wait: bool = True,
@@ -98,7 +103,7 @@ class LLM:
         legal = [field.name for field in fields(EngineConfig)]
         unknown = [name for name in options if name not in legal]
         if unknown:
-            legal += ["cpu_devices", "loading", "beat", "wait"]
+            legal += ["cpu_devices", "compile_cache", "loading", "beat", "wait"]
             raise ValueError(f"{unknown[0]}: no such option; legal: {', '.join(legal)}")
         sizes = parse_mesh(mesh if isinstance(mesh, str) else ",".join(f"{axis}={size}" for axis, size in mesh.items()))
         if stage_layers is not None:
@@ -108,6 +113,8 @@ class LLM:
         if cpu_devices is not None:
             use_virtual_devices(cpu_devices)
         check_thread_pool()
+        if warning := use_compile_cache(compile_cache):
+            warnings.warn(warning, stacklevel=2)
         self.engine = Engine(path, config, loading, beat)
         if wait:
             self.engine.wait_loaded()

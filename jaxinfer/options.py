@@ -113,6 +113,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default = getattr(config, name)
         what += "" if default is None else f" (default: {default})"
         group.add_argument(_flag(name), type=int, default=default, metavar="N", help=what)
+    what = "folder that keeps compiled programs for later runs, or none (default: ~/.cache/jaxinfer/xla on GPUs)"
+    group.add_argument("--compile-cache", metavar="DIR", help=what)
     share = config.memory_fraction
     what = f"share of device memory for weights and cache (default: {share})"
     group.add_argument("--memory-fraction", type=float, default=share, metavar="X", help=what)
