@@ -13,7 +13,9 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.llama import Ends, Layer
 from jaxinfer.ops import rope
 from jaxinfer.ops.attention import paged_attention, write_pages
+from jaxinfer.ops.cuda import Gpu
 from jaxinfer.ops.decode_attention import decode_attention
+from jaxinfer.ops.decode_layers import Sizes, decode_layers, fits
 from jaxinfer.ops.prefill_attention import prefill_attention
 from jaxinfer.parallel.placement import Parameter
 from jaxinfer.parallel.stages import slots
@@ -29,6 +31,7 @@ class Decoder:
     config: ModelConfig
     stage_layers: tuple[int, ...]
     kernels: str = "off"  # on, off, or interpret: the kernels' own code, slowly, without a GPU
+    gpu: Gpu | None = None  # where layers can run in one launch
 
     @cached_property
     def slots(self) -> list[tuple[int | None, ...]]:
@@ -63,7 +66,15 @@ class Decoder:
         stage = jax.lax.axis_index("stage")
         cos, sin = rope.angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         k_pools, v_pools = list(pools[0]), list(pools[1])
+        together = self._together(x, k_pools[0].shape[3])
+        if together is not None:
+            with jax.named_scope("decode_layers"):
+                x, k_pools[: together.layers], v_pools[: together.layers] = self._run_together(
+                    together, params, (k_pools, v_pools), x, cos, sin, positions, tables, stage
+                )
         for slot, layers in enumerate(self.slots):
+            if together is not None and slot < together.layers:
+                continue
             graph, state = self._described[1][slot]
             layer = _bind(graph, state, {name: array[0] for name, array in params["layers"][slot].items()})
             window = self._window(layers, stage)
@@ -92,6 +103,40 @@ class Decoder:
                         jnp.array(here)[stage], run, lambda *same: same, x, k_pools[slot], v_pools[slot]
                     )
         return x, (k_pools, v_pools)
+
+    def _together(self, x: jax.Array, page: int) -> Sizes | None:
+        """The layers that one launch can do: decoding few rows, without tensor parallelism, slots that no stage leaves
+        empty."""
+        full = [slot for slot, layers in enumerate(self.slots) if None not in layers]
+        if self.kernels != "on" or self.gpu is None or x.shape[1] > 1 or jax.lax.axis_size("tensor") > 1 or not full:
+            return None
+        config = self.config
+        biases = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias}
+        biases |= {"gate_up_bias": config.mlp_bias, "down_bias": config.mlp_bias}
+        sizes = Sizes(
+            rows=x.shape[0],
+            width=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            mlp=config.mlp_width,
+            layers=len(full),
+            page=page,
+            eps=config.norm_eps,
+            half=x.dtype == jnp.float16,
+            activation=config.activation,
+            biases=tuple(name for name, there in biases.items() if there),
+        )
+        return sizes if fits(sizes, self.gpu) else None
+
+    def _run_together(self, sizes, params, pools, x, cos, sin, positions, tables, stage):
+        slots = range(sizes.layers)
+        windows = [self._window(self.slots[slot], stage) for slot in slots]
+        windows = jnp.array([NO_WINDOW if window is None else window for window in windows], jnp.int32)
+        layers = [{name: array[0] for name, array in params["layers"][slot].items()} for slot in slots]
+        local = [[pool[0, 0] for pool in each[: sizes.layers]] for each in pools]
+        x, k_pools, v_pools = decode_layers(x, cos, sin, positions, tables, windows, layers, *local, sizes, self.gpu)
+        return x, [pool[None, None] for pool in k_pools], [pool[None, None] for pool in v_pools]
 
     def _window(self, layers: tuple[int | None, ...], stage: jax.Array) -> jax.Array | None:
         windows = [None if layer is None else self.config.windows[layer] for layer in layers]

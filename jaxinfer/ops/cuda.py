@@ -1,0 +1,108 @@
+"""CUDA kernels of our own: source to PTX by NVRTC, which JAX's CUDA packages bring along, and PTX into XLA's programs.
+
+No compiler needs to be installed, and a kernel is part of the program's CUDA graph like XLA's own."""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+# bytes of shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, technical specifications)
+SHARED = {"8.0": 166_912, "8.7": 166_912, "9.0": 232_448, "10.0": 232_448, "10.3": 232_448}
+SHARED_ELSE = 101_376
+
+
+class CudaError(RuntimeError):
+    """NVRTC is not there, or does not take the source."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a kernel must know of the GPU that it is compiled for."""
+
+    capability: str  # as "9.0"
+    multiprocessors: int
+
+    @property
+    def shared_bytes(self) -> int:
+        return SHARED.get(self.capability, SHARED_ELSE)
+
+
+def gpu(device: jax.Device) -> Gpu | None:
+    """None where CUDA kernels of ours cannot run: no NVIDIA GPU, one below compute capability 8.0, no NVRTC."""
+    capability = getattr(device, "compute_capability", "")
+    if not capability.replace(".", "").isdigit() or float(capability) < 8 or _library() is None:
+        return None
+    return Gpu(capability, device.core_count)
+
+
+@functools.cache
+def compile_ptx(source: str, capability: str) -> str:
+    """Raises:
+    CudaError: with NVRTC's log.
+    """
+    nvrtc = _library()
+    if nvrtc is None:
+        raise CudaError("NVRTC (libnvrtc) was not found; it comes with the packages of jax[cuda12] and jax[cuda13]")
+    program = ctypes.c_void_p()
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"jaxinfer.cu", 0, None, None))
+    options = [b"--std=c++17", f"--gpu-architecture=compute_{capability.replace('.', '')}".encode()]
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    log = _text(nvrtc, "ProgramLog", program)
+    if failed:
+        raise CudaError(f"NVRTC does not take the source:\n{log}")
+    return _text(nvrtc, "PTX", program)
+
+
+def call(
+    ptx: str,
+    name: str,
+    operands: Sequence[jax.Array],
+    results: Sequence[jax.ShapeDtypeStruct],
+    aliases: Mapping[int, int],
+    blocks: int,
+    threads: int,
+    shared_bytes: int,
+) -> list[jax.Array]:
+    """Runs the kernel `name` of `ptx`; its arguments are pointers to the operands, then to the results.
+
+    `aliases`: operand to the result that is the same memory.
+    """
+    sizes = {"grid_x": blocks, "block_x": threads, "shared_mem_bytes": shared_bytes}
+    sizes |= {"grid_y": 1, "grid_z": 1, "block_y": 1, "block_z": 1}
+    run = jax.ffi.ffi_call("__gpu$xla.gpu.ptx", list(results), input_output_aliases=dict(aliases))
+    fields: dict[str, Any] = {each: np.int32(size) for each, size in sizes.items()}
+    return run(*operands, name=name, kernel_type="ptx", kernel_data=ptx, **fields)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    found = importlib.util.find_spec("nvidia")
+    places = [Path(each) for each in (found.submodule_search_locations if found else None) or []]
+    names = [str(path) for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*"))]
+    for name in [*names, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def _check(nvrtc: ctypes.CDLL, status: int) -> None:
+    if status:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CudaError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
+
+
+def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    text = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, text))
+    return text.value.decode()
