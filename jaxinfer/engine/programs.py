@@ -22,7 +22,7 @@ from jaxinfer.parallel.mesh import VOCAB_AXES, mesh_sizes
 from jaxinfer.parallel.placement import Parameter, Rules, global_shape, local_size, partition_spec
 
 POOL = P("stage", "data", None, None, "tensor", None)
-COMPILING_AT_ONCE = 4  # in one process; several compile one by one, in the same order, since they tune kernels together
+COMPILING_AT_ONCE = 4  # by a process that is alone; several compile one by one, all in the same order
 
 
 class Program(NamedTuple):
@@ -55,7 +55,8 @@ class Programs:
         self._decoder, self._config, self._mesh, self._rules, self._dtype = decoder, config, mesh, rules, dtype
         self._sizes = mesh_sizes(mesh)
         self._compiled: dict[Program, Future] = {}
-        self._threads = ThreadPoolExecutor(COMPILING_AT_ONCE if jax.process_count() == 1 else 1, "compile")
+        self._alone = jax.process_count() == 1
+        self._threads = ThreadPoolExecutor(COMPILING_AT_ONCE if self._alone else 1, "compile")
         self._tracing = threading.Lock()
         self.compile_seconds = 0.0  # that `run` waited
 
@@ -126,15 +127,16 @@ class Programs:
     ) -> Any:
         """What `decode_block` or `prefill_tick` returns; `state` is gone after that."""
         self.compile_ahead([program])
-        future = self._compiled[program]
+        # several processes do not run programs, which wait for each other, while they tune kernels together
+        needed = [self._compiled[program]] if self._alone else list(self._compiled.values())
         began = time.perf_counter()
-        while not future.done():
-            self._compiling()
-            wait([each for each in self._compiled.values() if not each.done()], return_when=FIRST_COMPLETED)
-            if future.done():
-                self.compile_seconds += time.perf_counter() - began
+        if not _all_done(needed):
+            while not _all_done(needed):
                 self._compiling()
-        return future.result()(params, state, inputs, sampling)
+                wait([each for each in self._compiled.values() if not each.done()], return_when=FIRST_COMPLETED)
+            self._compiling()
+            self.compile_seconds += time.perf_counter() - began
+        return self._compiled[program].result()(params, state, inputs, sampling)
 
     def compiled(self) -> dict[Program, jax.stages.Compiled]:
         """All programs so far; waits for those that are being compiled."""
@@ -218,3 +220,7 @@ class Programs:
             return jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes)
 
         return jax.jit(zeros, out_shardings=jax.tree.map(lambda each: each.sharding, shapes))()
+
+
+def _all_done(futures: Iterable[Future]) -> bool:
+    return all(each.done() for each in futures)
