@@ -11,16 +11,12 @@ MASKED = -1e30  # finite: a row without any visible key stays free of NaN
 
 def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, positions: jax.Array) -> jax.Array:
     """Writes new [B, T, K, D] at positions [B, T] through tables [B, W]; returns the pool, in place if donated."""
-    pages, page_size, heads, width = pool.shape
+    page_size = pool.shape[1]
     page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // page_size, axis=1)
-    cell = jnp.where(positions < 0, 0, page * page_size + positions % page_size)
-    flat = pool.reshape(pages * page_size, heads, width)
-    cell, new = cell.reshape(-1), new.reshape(-1, heads, width).astype(pool.dtype)
-    if cell.size == 1 and jax.default_backend() == "cpu":
-        # of one row XLA's CPU compiler makes a copy of the pool; the second goes to the null page
-        cell, new = jnp.append(cell, 0), jnp.concatenate([new, new])
-    flat = flat.at[cell].set(new)
-    return flat.reshape(pool.shape)
+    page, cell = (jnp.where(positions < 0, 0, each).reshape(-1) for each in (page, positions % page_size))
+    new = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
+    # in the shape that the engine holds pools in: through another, XLA copies pools of one KV head, or for one row
+    return pool[None, None].at[0, 0, page, cell].set(new)[0, 0]
 
 
 def paged_attention(
