@@ -92,8 +92,10 @@ class SimDevice:
         working = [entering, *self.prefilling]
         for s, stage in enumerate(working):
             for d, shard in enumerate(stage):
-                sequences = [row.seq for row in tick.stages[s][d] if row]
-                assert len(sequences) == len(set(sequences)), "a sequence has two rows in one tick"
+                ends = {}  # several rows of a sequence follow each other
+                for row in filter(None, tick.stages[s][d]):
+                    assert ends.setdefault(row.seq, row.start) == row.start, "rows of a sequence are out of order"
+                    ends[row.seq] += row.count
                 for r, inside in enumerate(shard):
                     row = tick.stages[s][d][r]
                     if row is None:

@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.load import local_piece
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import Engine, _check_dtype
 from jaxinfer.engine.forward import Decoder
-from jaxinfer.engine.memory import plan_memory
+from jaxinfer.engine.memory import choose_chunk, plan_memory
 from jaxinfer.models.config import from_hf
 from jaxinfer.models.leaves import Leaf
 from jaxinfer.parallel.mesh import LayoutError, make_mesh, parse_mesh
@@ -166,7 +166,13 @@ def test_memory_plan_counts_the_weights_to_the_byte(tmp_path):
     model = make_hf_folder(tmp_path / "hf", tie_word_embeddings=False)
     config = from_hf(json.loads((tmp_path / "hf" / "config.json").read_text()))
     plan = plan_memory(
-        Decoder(config, (2,)), EngineConfig(), Rules(), parse_mesh(""), np.float32, config.max_context, 10**9
+        Decoder(config, (2,)),
+        EngineConfig(prefill_chunk=512),
+        Rules(),
+        parse_mesh(""),
+        np.float32,
+        config.max_context,
+        10**9,
     )
     assert plan.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
     assert plan.page == 2 * 2 * 16 * prod((config.num_kv_heads, config.head_dim)) * 4
@@ -176,13 +182,47 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded():
     config = from_hf(LLAMA_70B)
     decoder = Decoder(config, (80,))
     with pytest.raises(LayoutError) as error:
-        plan_memory(decoder, EngineConfig(), Rules(), parse_mesh(""), np.float16, 4096, 80 * 2**30)
+        plan_memory(decoder, EngineConfig(prefill_chunk=512), Rules(), parse_mesh(""), np.float16, 4096, 80 * 2**30)
     text = str(error.value)
     assert "weights 131563" in text, "137,953,820,672 bytes"
     assert "90% of 81920 MiB is 73728" in text and "more devices (tensor, stage)" in text
     sizes = parse_mesh("tensor=4")
-    fits = plan_memory(decoder, EngineConfig(), Rules(), sizes, np.float16, 4096, 80 * 2**30)
+    fits = plan_memory(decoder, EngineConfig(prefill_chunk=512), Rules(), sizes, np.float16, 4096, 80 * 2**30)
     assert fits.weights + fits.workspace + fits.pages * fits.page <= 0.9 * 80 * 2**30
+
+
+def test_chunk_and_workspace_with_and_without_kernels():
+    """70B over 8 cards: activations of a large chunk fit beside the weights, gathered pages and scores do not."""
+    config, sizes, rules = from_hf(LLAMA_70B), parse_mesh("tensor=8"), Rules()
+    rest = rules, sizes, np.float16, 4096
+
+    def chunk(kernels, limit, **settings):
+        return choose_chunk(Decoder(config, (80,), kernels), EngineConfig(**settings), *rest, limit * 2**30)
+
+    assert chunk("off", 80) == chunk("interpret", 80) == 512
+    assert chunk("on", 80) == 8192 and chunk("on", 80, prefill_chunk=100) == 100
+    assert chunk("on", 80, max_batch=1) == 4096, "as much as one context"
+    assert chunk("on", 20) == 2048, "a quarter of what the weights leave"
+
+    def workspace(kernels, chunk):
+        settings = EngineConfig(prefill_chunk=chunk, kernels=kernels)
+        return plan_memory(Decoder(config, (80,), kernels), settings, *rest, 80 * 2**30).workspace
+
+    hidden, mlp, heads = 8192, 28672 // 8, 64 // 8 * 128
+    assert workspace("on", 8192) > 8192 * (4 * hidden + 3 * mlp + 3 * heads) * 2
+    assert workspace("on", 8192) < workspace("off", 8192) / 2
+
+
+def test_prefill_shapes():
+    def shapes(chunk, **settings):
+        return EngineConfig(prefill_chunk=chunk, **settings).prefill_shapes()
+
+    assert shapes(512) == ((1, 512), (4, 128), (16, 32)) and shapes(26, max_batch=3) == ((1, 26),)
+    assert shapes(8192) == ((16, 512), (256, 32), (64, 32), (16, 32))
+    assert shapes(3000) == ((5, 512), (80, 32), (16, 32)), "never more than the chunk"
+    assert shapes(8192, kernels="off") == ((1, 8192), (4, 2048), (16, 512)), "the plain form gathers each row's pages"
+    assert EngineConfig(prefill_chunk=8192, max_batch=256).ticks_per_block() == 1
+    assert EngineConfig(prefill_chunk=512, max_batch=256).ticks_per_block() == 16
 
 
 def test_the_engine_refuses_before_it_allocates(tmp_path):

@@ -46,7 +46,7 @@ class Engine:
         self.sequences: list = []
         self.got: dict = {}
         self.idle = 0
-        self.entered = 0  # prefill ticks with new rows since the last decode block
+        self.entered = 0  # token slots of prefill ticks with new rows since the last decode block
 
     def add(self, seq) -> None:
         self.scheduler.add(seq)
@@ -70,9 +70,9 @@ class Engine:
             self.idle += config.shards * config.decode_steps * config.stages**2 - self.device.busy
             self.entered = 0
         elif any(row for rows in dispatch.stages[0] for row in rows):
-            self.entered += 1
             if any(seq.epoch == epoch for seq, epoch in decoding.items()):
-                assert self.entered <= self.scheduler.config.prefill_ticks
+                assert self.entered < self.scheduler.config.prefill_tokens
+            self.entered += dispatch.shape[0] * dispatch.shape[1]
         return True
 
     def complete(self) -> None:
@@ -321,28 +321,41 @@ def test_the_latest_arrival_gives_way_and_comes_back_first():
 
 
 def test_a_row_that_gives_way_to_a_prompt_still_in_prefill():
-    """The only decoding row gives its pages to earlier prompts and is back in its slot before any other block: there
-    is no block to send then, and its old pass in flight, two blocks old by then, must not count."""
-    engine = Engine(config(stages=3, rows=1, pages=34, prefill_shapes=((3, 4),)))
-    long, other, longer, short = (request(uid, n, 40 - n // 2) for uid, n in enumerate((60, 4, 56, 4)))
-    for seq in (long, other, longer):
-        engine.add(seq)
-    engine.dispatch()
-    engine.scheduler.finish(other)
-    engine.add(short)
-    slots = set()
-    while not engine.scheduler.preemptions:
-        engine.step()
-        slots.add(short.slot)
-    assert short.state is State.WAITING and slots == {1, -1}
-    assert kinds(engine)[-3:] == "DPP", "the tick is sent in place of the block"
-    engine.scheduler.finish(longer)
-    while short.state is not State.RUNNING:
-        engine.step()
-        assert kinds(engine)[-1] != "D"
-    assert short.slot == 1
+    """An early arrival that gave its pages back comes to the other shard, whose decoding row, a later one, then gives
+    way to it: there is no block to send while the early one is still in prefill."""
+    shape = {"prefill_shapes": ((3, 2),), "prefill_ticks": 1}
+    engine = Engine(config(shards=2, stages=2, rows=1, pages=20, page_size=2, decode_steps=4, **shape))
+    aborted = request(1, 2, 21)
+    events = [(0, 4, 20), None, None, aborted, (2, 4, 17), None, None, (3, 17, 6), False, (4, 4, 19), (5, 13, 10)]
+    for event in events:
+        if event is None:
+            engine.step()
+        elif event is False:
+            engine.scheduler.finish(aborted)
+        else:
+            engine.add(event if event is aborted else request(*event))
+    engine.add(request(6, 16, 3))
     engine.run()
-    assert engine.got[short] == alone(short, 3) and engine.got[long] == alone(long, 3)
+    assert "DPPPeD" in kinds(engine), "a tick is sent in place of the block"
+    for seq in engine.sequences:
+        assert seq is aborted or engine.got[seq] == alone(seq, 2)
+
+
+def test_a_prompt_takes_as_many_rows_as_it_fills():
+    """Little of a tick is empty: each prompt leaves less than one row, and few tokens do not take a large tick."""
+    shapes = ((2, 512), (32, 32), (8, 32))
+    engine = Engine(config(rows=8, pages=2000, prefill_shapes=shapes))
+    for uid, length in enumerate((100, 33, 700, 400)):
+        engine.add(request(uid, length, 1))
+    for _ in range(3):
+        engine.dispatch()
+    entered = [[(row.seq.uid, row.start, row.count) for row in each.stages[0][0] if row] for each in engine.history]
+    assert [each.shape for each in engine.history] == [(32, 32), (8, 32), (8, 32)]
+    assert entered[0][:7] == [(0, 0, 32), (0, 32, 32), (0, 64, 32), (0, 96, 4), (1, 0, 32), (1, 32, 1), (2, 0, 32)]
+    assert len(entered[0]) == 32
+    engine.run()
+    for seq in engine.sequences:
+        assert engine.got[seq] == alone(seq, 1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 DTYPES = ("bfloat16", "float16", "float32")
 KERNELS = ("auto", "on", "off")
 LOAD_FORMATS = ("checkpoint", "dummy")
+LONG_ROW, SHORT_ROW = 512, 32  # tokens per row of a prefill tick
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class EngineConfig:
       pages: cache pages per data shard; None fills what memory is left after the weights.
       memory_fraction: share of a device's memory that weights and cache may take.
       decode_steps: decode steps per dispatch.
-      prefill_chunk: prompt tokens per prefill tick and data shard.
-      prefill_ticks: prefill ticks between two decode blocks while something decodes; None grows with max_batch, so that
-        slots are refilled as fast as they fall free.
+      prefill_chunk: prompt tokens per prefill tick and data shard, at most; None takes 512, and with kernels as many as
+        let matmuls run at full rate, where memory has room for them.
+      prefill_ticks: prefill ticks of that size between two decode blocks while something decodes; None grows with
+        max_batch, so that slots are refilled as fast as they fall free.
       max_context: prompt and output tokens of one request; None takes the model's.
       load_threads: threads of each process that read the checkpoint; None takes its cores, at most 8.
       load_format: ``checkpoint``, or ``dummy``: random weights, with nothing read but the manifest (and a tokenizer).
@@ -39,7 +41,7 @@ class EngineConfig:
     pages: int | None = None
     memory_fraction: float = 0.9
     decode_steps: int = 8
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     prefill_ticks: int | None = None
     max_context: int | None = None
     load_threads: int | None = None
@@ -65,10 +67,22 @@ class EngineConfig:
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
     def prefill_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(rows, tokens per row) of a prefill tick, all of `prefill_chunk` tokens: one long prompt or many short."""
+        """(rows, tokens per row) of prefill ticks, once `prefill_chunk` is known. A prompt may take several rows.
+
+        Without kernels, or for a small chunk: all of `prefill_chunk` tokens, in one row to 16. A large chunk has short
+        rows, which leave little empty behind a prompt's end, in ticks of three sizes for many and few waiting tokens;
+        and long rows for long prompts, where the kernel reads the cache less often.
+        """
         chunk = self.prefill_chunk
-        rows = [rows for rows in (1, 4, 16) if chunk % rows == 0 and chunk // rows >= 8 and rows <= self.max_batch]
-        return tuple((each, chunk // each) for each in rows or [1])
+        if self.kernels == "off" or chunk < 2048:
+            rows = [rows for rows in (1, 4, 16) if chunk % rows == 0 and chunk // rows >= 8 and rows <= self.max_batch]
+            return tuple((each, chunk // each) for each in rows or [1])
+        sizes = [size // LONG_ROW * LONG_ROW for size in (chunk, chunk // 4, chunk // 16) if size >= LONG_ROW]
+        return (sizes[0] // LONG_ROW, LONG_ROW), *((size // SHORT_ROW, SHORT_ROW) for size in sizes)
+
+    def ticks_per_block(self) -> int:
+        """`prefill_ticks`, or what it is where none is set, once `prefill_chunk` is known."""
+        return self.prefill_ticks or max(1, max(4, self.max_batch // 16) * 512 // max(512, self.prefill_chunk))
 
     def table_widths(self, max_context: int) -> tuple[int, ...]:
         """Block table widths that programs are compiled for, in pages: each four times the one before."""

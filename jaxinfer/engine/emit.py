@@ -10,6 +10,7 @@ from jaxinfer.ops.sampling import SamplingArrays, adjust, select, token_logprobs
 from jaxinfer.parallel import collectives
 
 TOP_LOGPROBS = 20  # as many as a request may ask for; the host cuts to what each asked
+SCORED_TOGETHER = 512  # tokens of a prompt whose logits are in memory at once
 
 
 class Features(NamedTuple):
@@ -67,9 +68,14 @@ def emit(
 
 def score(ends: Ends, x: jax.Array, targets: jax.Array) -> Emitted:
     """Logprobs of known next tokens: x [R, C, H], targets [R, C]."""
-    raw = _padding_masked(ends.logits(x.reshape(-1, x.shape[-1])), ends.config.vocab_size)
-    emitted = _with_logprobs(raw, targets.reshape(-1))
-    return jax.tree.map(lambda each: each.reshape(*targets.shape, *each.shape[1:]), emitted)
+    together = SCORED_TOGETHER if targets.size % SCORED_TOGETHER == 0 else targets.size
+
+    def part(arguments):
+        hidden, tokens = arguments
+        return _with_logprobs(_padding_masked(ends.logits(hidden), ends.config.vocab_size), tokens)
+
+    emitted = jax.lax.map(part, (x.reshape(-1, together, x.shape[-1]), targets.reshape(-1, together)))
+    return jax.tree.map(lambda each: each.reshape(*targets.shape, *each.shape[2:]), emitted)
 
 
 def _padding_masked(logits: jax.Array, vocab_size: int) -> jax.Array:

@@ -22,13 +22,14 @@ from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.forward import Decoder
-from jaxinfer.engine.memory import device_limit, plan_memory
+from jaxinfer.engine.memory import choose_chunk, device_limit, plan_memory
 from jaxinfer.engine.request import Request, Stats, Update
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
 from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
 from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence, State
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.ops.cuda import gpu
 from jaxinfer.parallel.mesh import LayoutError, make_mesh, mesh_sizes, parse_mesh
 from jaxinfer.parallel.placement import Rules, check_layout
 from jaxinfer.parallel.stages import balance, check_stage_layers
@@ -67,8 +68,12 @@ class Engine:
         check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, rules, sizes)
         self.stage_layers = config.stage_layers or balance(model.num_layers, sizes["stage"])
         check_stage_layers(self.stage_layers, model.num_layers, sizes["stage"])
-        decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, self.dtype, jax.local_devices()[0]))
+        device = jax.local_devices()[0]
+        decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, self.dtype, device), gpu(device))
         limit = min(map(device_limit, jax.local_devices()))
+        chunk = choose_chunk(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
+        kernels = "off" if decoder.kernels == "off" else "on"
+        self.config = config = replace(config, prefill_chunk=chunk, kernels=kernels)
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
         self.stats = Stats()
         self._beat, self.steps = beat, 0
@@ -96,7 +101,7 @@ class Engine:
                 page_size=config.page_size,
                 decode_steps=config.decode_steps,
                 prefill_shapes=config.prefill_shapes(),
-                prefill_ticks=config.prefill_ticks or max(4, config.max_batch // 16),
+                prefill_ticks=config.ticks_per_block(),
             )
         )
         self._prepared = False

@@ -1,6 +1,6 @@
 """What a layout takes of each device, counted before anything is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
@@ -9,11 +9,13 @@ import numpy as np
 import psutil
 
 from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.emit import SCORED_TOGETHER
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.parallel.mesh import LayoutError
 from jaxinfer.parallel.placement import MeshSizes, Parameter, Rules, local_shape, local_size
 
 MIB = 2**20
+SMALL_CHUNK, LARGE_CHUNK = 512, 8192  # tokens
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,26 @@ def device_limit(device: jax.Device) -> int:
     return psutil.virtual_memory().total // len(jax.local_devices())
 
 
+def choose_chunk(
+    decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, dtype: Any, max_context: int, limit: int
+) -> int:
+    """`prefill_chunk`, or where none is set the best: the plain form of attention writes its scores out, so that large
+    chunks help it little; with kernels, matmuls get LARGE_CHUNK, but no more than requests can fill, and than a quarter
+    of what the weights leave can work on."""
+    if config.prefill_chunk is not None:
+        return config.prefill_chunk
+    chunk, item = SMALL_CHUNK, np.dtype(dtype).itemsize
+    if decoder.kernels != "on":
+        return chunk
+    free = limit * config.memory_fraction - _weights(decoder, rules, sizes, item)
+    while 2 * chunk <= min(LARGE_CHUNK, config.max_batch * max_context):
+        larger = replace(config, prefill_chunk=2 * chunk)
+        if _workspace(decoder, larger, rules, sizes, item, max_context) > free / 4:
+            break
+        chunk *= 2
+    return chunk
+
+
 def plan_memory(
     decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, dtype: Any, max_context: int, limit: int
 ) -> MemoryPlan:
@@ -41,9 +63,7 @@ def plan_memory(
     LayoutError: weights, workspace and the cache of one full context do not fit; the message gives each and what would.
     """
     model, item = decoder.config, np.dtype(dtype).itemsize
-    is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
-    parameters = jax.tree.leaves(decoder.parameters(), is_leaf=is_parameter)
-    weights = sum(prod(local_shape(parameter, rules, sizes)) for parameter in parameters) * item
+    weights = _weights(decoder, rules, sizes, item)
     kv_heads = local_size("kv_heads", model.num_kv_heads, rules, sizes)
     page = 2 * len(decoder.slots) * config.page_size * kv_heads * model.head_dim * item
     workspace = _workspace(decoder, config, rules, sizes, item, max_context)
@@ -68,17 +88,29 @@ def plan_memory(
     return MemoryPlan(weights, page, workspace, int(pages))
 
 
+def _weights(decoder: Decoder, rules: Rules, sizes: MeshSizes, item: int) -> int:
+    is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
+    parameters = jax.tree.leaves(decoder.parameters(), is_leaf=is_parameter)
+    return sum(prod(local_shape(parameter, rules, sizes)) for parameter in parameters) * item
+
+
 def _workspace(
     decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, item: int, max_context: int
 ) -> int:
-    """What a prefill tick holds beside weights and cache: activations, gathered pages, scores of plain attention."""
-    model, chunk = decoder.config, config.prefill_chunk
+    """What a prefill tick holds beside weights and cache: activations, also those between the stages, and logits; for
+    plain attention gathered pages and scores."""
+    model, shapes = decoder.config, config.prefill_shapes()
+    chunk = max(config.max_batch, *(rows * tokens for rows, tokens in shapes))
     heads = local_size("heads", model.num_heads, rules, sizes)
     kv_heads = local_size("kv_heads", model.num_kv_heads, rules, sizes)
     mlp = local_size("mlp", model.mlp_width, rules, sizes)
     vocabulary = local_size("vocab", model.vocab_size, rules, sizes)
-    rows = max(config.max_batch, max(rows for rows, _ in config.prefill_shapes()))
+    rows = max(config.max_batch, max(rows for rows, _ in shapes))
     activations = chunk * (4 * model.hidden_size + 3 * mlp + 3 * heads * model.head_dim) * item
+    between = sum(rows * tokens for rows, tokens in shapes) * model.hidden_size * item
+    logits = 3 * 4 * max(rows, min(chunk, SCORED_TOGETHER)) * vocabulary
+    if decoder.kernels != "off":
+        return activations + between + logits
     gathered = 2 * 2 * rows * max_context * kv_heads * model.head_dim * item
-    scores = 3 * 4 * heads * max(chunk, rows) * max_context
-    return activations + gathered + scores + 3 * 4 * rows * vocabulary
+    scores = 3 * 4 * heads * chunk * max_context
+    return activations + between + logits + gathered + scores

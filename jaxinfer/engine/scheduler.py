@@ -275,13 +275,11 @@ class Scheduler:
         waiting = waiting[: config.slots * config.shards]
         left = [[seq, len(seq.tokens)] for seq in waiting[:: config.shards]]  # of the first shard, as of the others
         while left:
-            rows, chunk = max(
-                config.prefill_shapes,
-                key=lambda shape: (sum(min(shape[1], tokens) for _, tokens in left[: shape[0]]), shape[1]),
-            )
-            prefills.append(((rows, chunk), max(len(seq.tokens) for seq, _ in left[:rows])))
-            for row in left[:rows]:
-                row[1] -= min(chunk, row[1])
+            shape = self._best_shape([[tokens for _, tokens in left]])
+            taken = _taken([tokens for _, tokens in left], shape)
+            prefills.append((shape, max(len(seq.tokens) for seq, _ in left[: len(taken)])))
+            for row, tokens in zip(left, taken, strict=False):
+                row[1] -= tokens
             left = [row for row in left if row[1]]
         decoding = [seq for seq in waiting if seq.limit > len(seq.tokens)]
         return Ahead(
@@ -461,9 +459,9 @@ class Scheduler:
 
     def _enter(self) -> list[list[PrefillRow | None]]:
         entering = self._empty_rows()
-        for shard, rows in zip(self._shards, entering, strict=True):
+        for shard, left, rows in zip(self._shards, self._left(), entering, strict=True):
             r = 0
-            for seq, tokens in zip(shard.filling, _taken([s.target - s.prefilled for s in shard.filling], self._shape), strict=False):
+            for seq, tokens in zip(shard.filling, _taken(left, self._shape), strict=False):
                 end = seq.prefilled + tokens
                 while seq.prefilled < end:
                     count = min(self._shape[1], end - seq.prefilled)
