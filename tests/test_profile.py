@@ -1,6 +1,7 @@
 """Traces of some steps, and what is made of them."""
 
 import pytest
+from jax.profiler import ProfileData
 
 from convert.run import convert
 from engine_run import make_engine
@@ -9,7 +10,7 @@ from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Request
 from jaxinfer.telemetry.breakdown import breakdown, show
 from jaxinfer.telemetry.profile import Profile
-from jaxinfer.telemetry.xplane import Span
+from jaxinfer.telemetry.xplane import Span, read
 
 
 def span(start_us, end_us, program="decode", op="dot", scope="", communicates=False):
@@ -39,6 +40,42 @@ def test_steps_are_counted_by_what_repeats():
     spans = [span(0, 10, op="before"), *(span(20 * tick, 20 * tick + 10, op=op) for tick in range(1, 7) for op in "ab")]
     assert breakdown(sorted(spans), stages=3)["decode"]["steps"] == 2
     assert breakdown(sorted(spans), stages=3)["decode"]["compute"] == pytest.approx(0.07 / 2)
+
+
+def test_a_gpus_trace(tmp_path):
+    names = ["hlo_op", "hlo_module", "program_id", "name"]
+    text = "".join(
+        f'stat_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}\n' for n, name in enumerate(names, 1)
+    )
+    kernels = ["gemm_fusion_dot", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)", "MemcpyD2H"]
+    text += "".join(
+        f'event_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}\n' for n, name in enumerate(kernels, 1)
+    )
+
+    def event(kernel, start_us, duration_us, op, scope):
+        stats = f'stats {{ metadata_id: 1 str_value: "{op}" }} stats {{ metadata_id: 2 str_value: "jit_decode" }}'
+        stats += (
+            f'stats {{ metadata_id: 3 uint64_value: 4 }} stats {{ metadata_id: 4 str_value: "jit(decode)/{scope}" }}'
+        )
+        times = f"offset_ps: {start_us}000000 duration_ps: {duration_us}000000"
+        return f"events {{ metadata_id: {kernel} {times} {stats if op else ''} }}\n"
+
+    gemm, reduce = event(1, 0, 50, "gemm_fusion_dot.1", "mlp/dot"), event(2, 40, 30, "all-reduce-start.2", "mlp/psum")
+    lines = {
+        "Stream #13(Compute)": gemm,
+        "Stream #14(Compute)": reduce,
+        "Stream #15(MemcpyD2H)": event(3, 75, 9, "", ""),
+    }
+    lines["XLA Ops"] = gemm + reduce  # says the same again
+    text += "".join(f'lines {{ id: {n} name: "{name}" {events} }}\n' for n, (name, events) in enumerate(lines.items()))
+    data = ProfileData.text_proto_to_serialized_xspace(f'planes {{ id: 1 name: "/device:GPU:3" {text} }}')
+    (tmp_path / "a.xplane.pb").write_bytes(data)
+    ((device, spans),) = read(tmp_path / "a.xplane.pb").items()
+    decode = breakdown(spans, stages=1)["decode"]
+    assert device == 3 and decode["steps"] == 1 and decode["kernels"] == 2
+    times = [decode[name] * 1e3 for name in ("compute", "communication", "hidden", "launch", "idle")]
+    assert times == pytest.approx([50, 20, 10, 0, 0])
+    assert decode["parts"] == {"mlp": [pytest.approx(0.05), pytest.approx(0.03)]}
 
 
 def test_a_real_trace(tmp_path, capsys):

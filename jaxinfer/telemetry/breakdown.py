@@ -81,6 +81,8 @@ def show(devices: Sequence[Mapping[str, Any]], title: str) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
+    if not any(each["programs"] for each in devices):
+        console.print(f"{title}: the trace has no decode step or prefill tick of a device")
     for program, unit in PROGRAMS.items():
         having = [{**each, **each["programs"][program]} for each in devices if program in each["programs"]]
         if having:
