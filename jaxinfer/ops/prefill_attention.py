@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton
 
 from jaxinfer.ops.attention import MASKED
 
-ROWS = {128: 128, 256: 128}  # query rows of a tile, by head width up to
+ROWS = {128: 128, 256: 64}  # query rows of a tile, by head width up to
 KEYS = {128: 64, 256: 32}  # cached tokens of a tile
 WARPS = {128: 8, 256: 8}
 STAGES = {128: 3, 256: 2}  # tiles of keys and values under way at once
@@ -37,13 +37,14 @@ def prefill_attention(
     # the query heads of one KV head lie side by side: a tile's rows are (token, head) pairs
     rows = max(DOT_ROWS, min(ROWS[size], _power(length * group)))
     keys = max(DOT_ROWS, KEYS[size] * 2 // q.dtype.itemsize)
+    warps = WARPS[size] if rows == ROWS[size] else 4
     kernel = functools.partial(_kernel, rows=rows, keys=keys, windowed=window is not None)
     limits = jnp.stack((positions[:, 0], (positions >= 0).sum(axis=1)), axis=1).astype(jnp.int32)
     out = pl.pallas_call(
         kernel,
         grid=(kv_heads, batch, pl.cdiv(length * group, rows)),
         out_shape=jax.ShapeDtypeStruct((batch, length, kv_heads, group, width), q.dtype),
-        compiler_params=triton.CompilerParams(num_warps=WARPS[size] if rows >= 128 else 4, num_stages=STAGES[size]),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=STAGES[size]),
         interpret=interpret,
         name="prefill_attention",
     )(
