@@ -198,6 +198,9 @@ class Engine:
             with self.loading_stops_at_error():
                 self._runner.begin(self._loading.result())
             self._loading = None
+            now = time.perf_counter()
+            for sample in self._samples.values():
+                sample.arrived = now
 
     @contextmanager
     def loading_stops_at_error(self) -> Iterator[None]:

@@ -31,7 +31,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """One finished sample. Times are seconds since the request was added, on this process's clock.
+    """One finished sample. Times are seconds since the request was added and the weights were loaded, on this process's
+    clock.
 
     `finish_reason` is ``stop`` (end-of-sequence token, stop token or stop string), ``length`` or ``abort``. `token_ids`
     keep the stop token; `text` has neither it nor the stop string. `prompt_logprobs` starts with None: nothing comes

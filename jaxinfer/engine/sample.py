@@ -15,7 +15,7 @@ class Sample:
         params = request.params
         self.sequence = sequence
         self._request = request
-        self._arrived = arrived
+        self.arrived = arrived
         self._first: float | None = None
         self._stops = set(stop_ids(params, eos))
         self._stream = None if tokenizer is None else TextStream(tokenizer, request.prompt_token_ids, params.stop)
@@ -72,8 +72,8 @@ class Sample:
             finish_reason=reason,
             prompt_tokens=len(self._request.prompt_token_ids),
             completion_tokens=len(self._token_ids),
-            ttft_s=(self._first or now) - self._arrived,
-            latency_s=now - self._arrived,
+            ttft_s=(self._first or now) - self.arrived,
+            latency_s=now - self.arrived,
             logprobs=None if params.logprobs is None else self._logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else self._prompt_logprobs,
         )
