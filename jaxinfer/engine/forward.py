@@ -1,9 +1,9 @@
 """One stage's layers over its part of the paged cache. Runs on one device's shard inside `jax.shard_map`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,35 @@ from flax import nnx
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.llama import Ends, Layer
 from jaxinfer.ops import rope
-from jaxinfer.ops.attention import paged_attention, write_pages
+from jaxinfer.ops.add_norm import add_rms_norm
+from jaxinfer.ops.attention import paged_attention, rotate_and_write
 from jaxinfer.ops.cuda import Gpu
 from jaxinfer.ops.decode_attention import decode_attention
 from jaxinfer.ops.decode_layers import Sizes, decode_layers, fits
+from jaxinfer.ops.norm import add_then_norm
 from jaxinfer.ops.prefill_attention import prefill_attention
+from jaxinfer.ops.rope_write import rope_and_write
 from jaxinfer.parallel.placement import Parameter
 from jaxinfer.parallel.stages import slots
 
 Arrays = Mapping[str, jax.Array]
 NO_WINDOW = 2**30
+
+
+class Ops(NamedTuple):
+    """What layers are made of beside matmuls: plain forms, or the kernels that do the same."""
+
+    add_norm: Callable
+    rope_and_write: Callable
+    decode_attention: Callable
+    prefill_attention: Callable
+
+
+def _ops(kernels: str) -> Ops:
+    if kernels == "off":
+        return Ops(add_then_norm, rotate_and_write, paged_attention, paged_attention)
+    fused = add_rms_norm, rope_and_write, decode_attention, prefill_attention
+    return Ops(*(partial(each, interpret=kernels == "interpret") for each in fused))
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,8 @@ class Decoder:
         """
         stage = jax.lax.axis_index("stage")
         cos, sin = rope.angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
+        ops = _ops(self.kernels)
+        attention = ops.decode_attention if x.shape[1] == 1 else ops.prefill_attention
         k_pools, v_pools = list(pools[0]), list(pools[1])
         together = self._together(x, k_pools[0].shape[3])
         if together is not None:
@@ -72,6 +93,7 @@ class Decoder:
                 x, k_pools[: together.layers], v_pools[: together.layers] = self._run_together(
                     together, params, (k_pools, v_pools), x, cos, sin, positions, tables, stage
                 )
+        delta = None  # what the layers so far have yet to add to x
         for slot, layers in enumerate(self.slots):
             if together is not None and slot < together.layers:
                 continue
@@ -79,30 +101,27 @@ class Decoder:
             layer = _bind(graph, state, {name: array[0] for name, array in params["layers"][slot].items()})
             window = self._window(layers, stage)
 
-            def run(x, k_pool, v_pool, layer=layer, window=window):
+            def run(x, delta, k_pool, v_pool, layer=layer, window=window):
                 written = []
 
-                def attend(q, k, v):
-                    written.append(write_pages(k_pool[0, 0], k, tables, positions))
-                    written.append(write_pages(v_pool[0, 0], v, tables, positions))
+                def attend(qkv):
+                    q, *pools = ops.rope_and_write(qkv, cos, sin, k_pool[0, 0], v_pool[0, 0], tables, positions)
+                    written.extend(pool[None, None] for pool in pools)
                     with jax.named_scope("paged_attention"):
-                        if self.kernels == "off":
-                            return paged_attention(q, *written, tables, positions, window)
-                        kernel = decode_attention if q.shape[1] == 1 else prefill_attention
-                        return kernel(q, *written, tables, positions, window, self.kernels == "interpret")
+                        return attention(q, *pools, tables, positions, window)
 
-                x = layer(x, cos, sin, attend)
-                return x, written[0][None, None], written[1][None, None]
+                return *layer(x, delta, attend, ops.add_norm), *written
 
             with jax.named_scope(f"layer_slot_{slot}"):
                 here = [layer is not None for layer in layers]
                 if all(here):
-                    x, k_pools[slot], v_pools[slot] = run(x, k_pools[slot], v_pools[slot])
+                    x, delta, k_pools[slot], v_pools[slot] = run(x, delta, k_pools[slot], v_pools[slot])
                 else:  # an empty slot costs no compute; all ranks of a tensor group take the same branch
-                    x, k_pools[slot], v_pools[slot] = jax.lax.cond(
-                        jnp.array(here)[stage], run, lambda *same: same, x, k_pools[slot], v_pools[slot]
+                    delta = jnp.zeros_like(x) if delta is None else delta
+                    x, delta, k_pools[slot], v_pools[slot] = jax.lax.cond(
+                        jnp.array(here)[stage], run, lambda *same: same, x, delta, k_pools[slot], v_pools[slot]
                     )
-        return x, (k_pools, v_pools)
+        return x if delta is None else x + delta, (k_pools, v_pools)
 
     def _together(self, x: jax.Array, page: int) -> Sizes | None:
         """The layers that one launch can do: decoding few rows, without tensor parallelism, slots that no stage leaves

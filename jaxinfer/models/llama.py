@@ -14,7 +14,6 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.leaves import leaves
 from jaxinfer.ops.linear import linear
 from jaxinfer.ops.norm import rms_norm
-from jaxinfer.ops.rope import rotate
 from jaxinfer.parallel import collectives
 from jaxinfer.parallel.placement import Parameter
 
@@ -25,8 +24,10 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-# Attend: q [B, T, N, D], k and v [B, T, K, D] -> [B, T, N, D], through whatever cache the engine keeps
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Attend: qkv [B, T, (N + 2K) * D], not rotated yet -> [B, T, N, D], through whatever cache the engine keeps
+Attend = Callable[[jax.Array], jax.Array]
+# AddNorm: x and delta [..., H], weight [H] and epsilon -> x + delta and the norm of that
+AddNorm = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]]
 
 
 class Layer(nnx.Module):
@@ -54,25 +55,29 @@ class Layer(nnx.Module):
         if config.mlp_bias:
             self.gate_up_bias, self.down_bias = weight(0, "gate_bias", "up_bias"), weight(0, "down_bias")
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        """x [B, T, H], replicated over ``tensor``; cos, sin [B, T, D/2]."""
-        with jax.named_scope("attention"):
-            x = x + self._attention(rms_norm(x, self.input_norm[...], self.config.norm_eps), cos, sin, attend)
-        with jax.named_scope("mlp"):
-            return x + self._mlp(rms_norm(x, self.post_norm[...], self.config.norm_eps))
+    def __call__(
+        self, x: jax.Array, delta: jax.Array | None, attend: Attend, add_norm: AddNorm
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, H] and delta, what is still to be added to it (None: nothing); both replicated over ``tensor``.
 
-    def _attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> jax.Array:
-        batch, length, _ = x.shape
-        width, o = self.config.head_dim, self.o[...]
+        Returns the same two: the next norm adds the MLP's output, in one kernel where there is one."""
+        eps = self.config.norm_eps
+        with jax.named_scope("attention"):
+            if delta is None:
+                normed = rms_norm(x, self.input_norm[...], eps)
+            else:
+                x, normed = add_norm(x, delta, self.input_norm[...], eps)
+            delta = self._attention(normed, attend)
+        with jax.named_scope("mlp"):
+            x, normed = add_norm(x, delta, self.post_norm[...], eps)
+            return x, self._mlp(normed)
+
+    def _attention(self, x: jax.Array, attend: Attend) -> jax.Array:
         qkv = linear(x, self.qkv[...])
         if self.config.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
-        queries = o.shape[1]
-        keys = (qkv.shape[-1] - queries) // 2
-        q, k, v = jnp.split(qkv, (queries, queries + keys), axis=-1)
-        q, k, v = (each.reshape(batch, length, -1, width) for each in (q, k, v))
-        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        out = collectives.tensor_sum(linear(mixed.reshape(batch, length, queries), o))
+        mixed = attend(qkv)
+        out = collectives.tensor_sum(linear(mixed.reshape(*x.shape[:2], -1), self.o[...]))
         return out + self.o_bias[...] if self.config.o_bias else out
 
     def _mlp(self, x: jax.Array) -> jax.Array:

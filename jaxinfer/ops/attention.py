@@ -1,10 +1,12 @@
 """Attention over a paged KV cache (Kwon et al., "PagedAttention", 2023, section 4), in plain jax.numpy.
 
-A pool is [P, page_size, K, D]; page 0 is the null page: writes of rows that are not live land there and nobody reads
+A pool is [P, page_size, K, D]; page 0 is the null page: tables name it where a sequence has no page, and nobody reads
 it. A block table [B, W] lists the pages of each sequence in order. Positions of -1 mark tokens that are not live."""
 
 import jax
 import jax.numpy as jnp
+
+from jaxinfer.ops.rope import rotate
 
 MASKED = -1e30  # finite: a row without any visible key stays free of NaN
 
@@ -13,10 +15,32 @@ def write_pages(pool: jax.Array, new: jax.Array, tables: jax.Array, positions: j
     """Writes new [B, T, K, D] at positions [B, T] through tables [B, W]; returns the pool, in place if donated."""
     page_size = pool.shape[1]
     page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // page_size, axis=1)
-    page, cell = (jnp.where(positions < 0, 0, each).reshape(-1) for each in (page, positions % page_size))
+    # beyond the pool, where nothing is written: many rows' writes to one cell would wait for each other on a GPU
+    page = jnp.where(positions < 0, pool.shape[0], page).reshape(-1)
+    cell = (positions % page_size).reshape(-1)
     new = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
     # in the shape that the engine holds pools in: through another, XLA copies pools of one KV head, or for one row
     return pool[None, None].at[0, 0, page, cell].set(new)[0, 0]
+
+
+def rotate_and_write(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    tables: jax.Array,
+    positions: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes qkv [B, T, (N + 2K) * D] apart, rotates queries and keys by cos and sin [B, T, D/2], and writes keys and
+    values as `write_pages` does. Returns the queries [B, T, N, D] and the two pools."""
+    kv_heads, width = k_pool.shape[2:]
+    keys = kv_heads * width
+    queries = qkv.shape[-1] - 2 * keys
+    parts = jnp.split(qkv, (queries, queries + keys), axis=-1)
+    q, k, v = (each.reshape(*qkv.shape[:2], -1, width) for each in parts)
+    k_pool = write_pages(k_pool, rotate(k, cos, sin), tables, positions)
+    return rotate(q, cos, sin), k_pool, write_pages(v_pool, v, tables, positions)
 
 
 def paged_attention(

@@ -26,11 +26,12 @@ constexpr int LANES = power(D / VEC);      // that share a cached token
 constexpr int TOKENS = 32 / LANES;         // of a warp at a time
 constexpr int UNROLL = G == 1 ? 16 : G <= 4 ? 2 : 2;  // tokens that a lane loads before it works on them
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+constexpr int CACHED_PAGES = 512;
 constexpr int XS_PAD = 16;                 // bytes; rows start in different banks
 constexpr int WIDEST = most(most(H, QUERIES), F);
 constexpr int XS_BYTES = most(B * (WIDEST * 2 + XS_PAD), WARPS * G * (D + 2) * 4);
 constexpr int PER_LAYER = 8 + QKV_BIAS + O_BIAS + 2 * MLP_BIAS;
-constexpr int OWN_GROUPS = H / 16 / SMS + 1;  // of the residual stream, at most
+constexpr int OWN_GROUPS = (H / 2 / SMS + 1 + 7) / 8;  // of the residual stream, at most
 enum { INPUT_NORM, QKV, O, POST_NORM, GATE_UP, DOWN, K_POOL, V_POOL, BIASES };
 constexpr int B_QKV = BIASES, B_O = B_QKV + QKV_BIAS, B_GATE_UP = B_O + O_BIAS, B_DOWN = B_GATE_UP + MLP_BIAS;
 enum { X, COS, SIN, POSITIONS, TABLES, WINDOWS, WIDTH, COUNTERS, FIRST_LAYER };
@@ -114,34 +115,33 @@ __device__ __forceinline__ float activation(float x) {
 #endif
 }
 
-__device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); return t; }
 // a warp's tiles of a row group, from and to; who has one more than others changes with the group
 __device__ __forceinline__ int2 share(int tiles, int warp, int group) {
   const int turn = (warp + group) % WARPS;
   return make_int2(tiles * turn / WARPS, tiles * (turn + 1) / WARPS);
 }
 
-struct Shape { int columns, groups; };
+struct Shape { int columns, pairs; };  // of a weight: its row length and how many pairs of rows it has
 __device__ __forceinline__ Shape shape(int phase) {
   switch (phase) {
-    case 0: return {H, HEADS * D / 16};
-    case 1: return {QUERIES, H / 16};
-    case 2: return {H, F / 8};
-    default: return {F, H / 16};
+    case 0: return {H, HEADS * HALF_D};
+    case 1: return {QUERIES, H / 2};
+    case 2: return {H, F};
+    default: return {F, H / 2};
   }
 }
 __device__ __forceinline__ int weight(int phase) { return phase == 0 ? QKV : phase == 1 ? O : phase == 2 ? GATE_UP : DOWN; }
-__device__ __forceinline__ int first_group(int groups, int block) { return (int)((long long)groups * block / SMS); }
+// a block's pairs are those from first_pair(..., its number) to the next block's; it works on 8 at a time, a "group"
+__device__ __forceinline__ int first_pair(int pairs, int block) { return (int)((long long)pairs * block / SMS); }
 
-// the two output rows of a lane in a group: the halves of a rotary pair, a gate and its up, or rows 8 apart
-__device__ __forceinline__ int2 rows(int phase, int group, int g) {
-  const int pair = group * 8 + g;
+// the two output rows of a pair: the halves of a rotary pair, a gate and its up, or just two
+__device__ __forceinline__ int2 rows(int phase, int pair) {
   if (phase == 0) {
     const int lo = pair / HALF_D * D + pair % HALF_D;
     return make_int2(lo, lo + HALF_D);
   }
   if (phase == 2) return make_int2(pair, F + pair);
-  return make_int2(group * 16 + g, group * 16 + g + 8);
+  return make_int2(pair, H / 2 + pair);
 }
 
 // where in its row of a slot a chunk of 16 bytes lies: lanes that read two rows at once meet different banks
@@ -153,13 +153,13 @@ constexpr int COPIES = 16 * CHUNKS / 32;  // of 16 bytes, per lane and slot
 struct Stream {
   const u64* pointers;
   const char* from[COPIES];
-  int layer, phase, group, last, tile, end, warp, lane;
+  int layer, phase, pair, last, tile, end, warp, lane;  // pair: the group's first
 
   __device__ void open() {  // from (layer, phase) on, the first group that this block has
     while (layer < LAYERS) {
       const Shape s = shape(phase);
-      group = first_group(s.groups, blockIdx.x), last = first_group(s.groups, blockIdx.x + 1);
-      for (; group < last; ++group) {
+      pair = first_pair(s.pairs, blockIdx.x), last = first_pair(s.pairs, blockIdx.x + 1);
+      for (; pair < last; pair += 8) {
         aim();
         if (tile < end) return;
       }
@@ -172,15 +172,16 @@ struct Stream {
     const char* w = (const char*)pointers[FIRST_LAYER + layer * PER_LAYER + weight(phase)] + lane % CHUNKS * 16;
 #pragma unroll
     for (int i = 0; i < COPIES / 2; ++i) {
-      const int2 row = rows(phase, group, lane / CHUNKS + i * (32 / CHUNKS));
+      // a group may have fewer than 8 pairs: what it has not is neither loaded nor kept
+      const int2 row = rows(phase, min(pair + lane / CHUNKS + i * (32 / CHUNKS), last - 1));
       from[i] = w + (u64)row.x * s.columns * 2, from[COPIES / 2 + i] = w + (u64)row.y * s.columns * 2;
     }
-    const int2 own = share(s.columns / TILE, warp, group);
+    const int2 own = share(s.columns / TILE, warp, pair / 8);
     tile = own.x, end = own.y;
   }
   __device__ __forceinline__ void next() {
     if (++tile < end) return;
-    while (++group < last) {
+    while ((pair += 8) < last) {
       aim();
       if (tile < end) return;
     }
@@ -192,6 +193,7 @@ struct Stream {
 #pragma unroll
       for (int i = 0; i < COPIES; ++i) {
         const int row = lane / CHUNKS + i * (32 / CHUNKS);
+        if (pair + row % 8 >= last) continue;
         copy16(slot + row * ROW + swizzled(row, lane % CHUNKS) * 16, from[i] + tile * ROW);
       }
       next();
@@ -279,16 +281,24 @@ __device__ __forceinline__ void stage_normalized(char* xs, float* sums, const u1
   meet();
 }
 
+// What is the same in every layer of a step, read once: a trip to memory less where all wait for it.
+struct Step {
+  int width, windows[LAYERS];
+  int lengths[B];  // with the new token; 0 where the row is not live
+  u64 cells[B];    // of the new tokens
+  int pages[CACHED_PAGES];  // of the row of the block's first attention unit
+};
+
 // one lane's keys and values of UNROLL tokens, those `at`, `at` + WARPS * TOKENS, ... for which `wanted` holds
 template <class Wanted>
 __device__ __forceinline__ void load_cache(u32 (&k)[UNROLL][VEC / 2], u32 (&v)[UNROLL][VEC / 2], const u16* k_pool,
-                                           const u16* v_pool, const int* table, int head, int part, int at, Wanted wanted) {
+                                           const u16* v_pool, const int (&page)[UNROLL], int head, int part, int at,
+                                           Wanted wanted) {
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const int token = at + u * WARPS * TOKENS;
     if (!wanted(token)) continue;
-    const u64 cell = (u64)__ldg(table + token / PAGE) * PAGE + token % PAGE;
-    const u64 offset = (cell * K + head) * D + part * VEC;
+    const u64 offset = (((u64)page[u] * PAGE + token % PAGE) * K + head) * D + part * VEC;
     if (VEC == 8) {
       const uint4 a = __ldcg((const uint4*)(k_pool + offset)), c = __ldcg((const uint4*)(v_pool + offset));
       k[u][0] = a.x, k[u][1] = a.y, k[u][VEC / 2 - 2] = a.z, k[u][VEC / 2 - 1] = a.w;
@@ -303,19 +313,19 @@ __device__ __forceinline__ void load_cache(u32 (&k)[UNROLL][VEC / 2], u32 (&v)[U
 // One block's part of attention: (row, KV head, split) units; the last split of a head to end joins them all. What of the
 // cache is older than this step is loaded before `begin`, which waits for the queries and the new keys and values.
 template <class Begin>
-__device__ __forceinline__ void attention(const u64* pointers, char* shared, char* scratch, int layer, u32* counters,
-                                          int* flag, Begin begin) {
+__device__ __forceinline__ void attention(const u64* pointers, const Step* step, char* shared, char* scratch, int layer,
+                                          u32* counters, int* flag, Begin begin) {
   const u64* own = pointers + FIRST_LAYER + layer * PER_LAYER;
   const u16 *k_pool = (const u16*)own[K_POOL], *v_pool = (const u16*)own[V_POOL];
-  const int width = *(const int*)pointers[WIDTH], window = ((const int*)pointers[WINDOWS])[layer];
+  const int window = step->windows[layer];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, place = lane / LANES;
   const bool inside = part * VEC < D;
   float *ms = (float*)shared, *ls = ms + WARPS * G, *accs = ls + WARPS * G;
   bool begun = false;
   for (int unit = blockIdx.x; unit < B * K * SPLITS; unit += SMS) {
     const int b = unit / (K * SPLITS), head = unit / SPLITS % K, split = unit % SPLITS;
-    const int* table = (const int*)pointers[TABLES] + b * width;
-    const int length = ((const int*)pointers[POSITIONS])[b] + 1, first = max(0, length - window);
+    const int* table = (const int*)pointers[TABLES] + b * step->width;
+    const int length = step->lengths[b], first = max(0, length - window);
     const int share = (length - first + SPLITS - 1) / SPLITS, start = first + split * share, stop = min(start + share, length);
     u32 k[UNROLL][VEC / 2], v[UNROLL][VEC / 2];
 #pragma unroll
@@ -323,13 +333,19 @@ __device__ __forceinline__ void attention(const u64* pointers, char* shared, cha
 #pragma unroll
       for (int i = 0; i < VEC / 2; ++i) k[u][i] = v[u][i] = 0;
     int at = start + warp * TOKENS + place;
-    load_cache(k, v, k_pool, v_pool, table, head, part, at, [&](int token) { return inside && token < min(stop, length - 1); });
+    int page[UNROLL];
+    const auto look_up = [&] {
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const int number = (at + u * WARPS * TOKENS) / PAGE;
+        page[u] = at + u * WARPS * TOKENS >= stop ? 0 : unit < SMS && number < CACHED_PAGES ? step->pages[number] : __ldg(table + number);
+      }
+    };
+    look_up();
+    load_cache(k, v, k_pool, v_pool, page, head, part, at, [&](int token) { return inside && token < min(stop, length - 1); });
     if (!begun) begin();
     begun = true;
-#ifdef TRACE
-    if (threadIdx.x == 0 && layer == 9) ((u64*)(scratch + S_PART + 4 * B * K * SPLITS * G * D))[(blockIdx.x * 4 + 0) * 4 + 0] = now();
-#endif
-    load_cache(k, v, k_pool, v_pool, table, head, part, at, [&](int token) { return inside && token < stop && token == length - 1; });
+    load_cache(k, v, k_pool, v_pool, page, head, part, at, [&](int token) { return inside && token < stop && token == length - 1; });
     u32 q[G][VEC / 2];
     float acc[G][VEC], m[G], l[G];
 #pragma unroll
@@ -344,8 +360,10 @@ __device__ __forceinline__ void attention(const u64* pointers, char* shared, cha
     // a warp's lanes go the same number of rounds: they exchange sums
     const int rounds = (stop - start - warp * TOKENS + WARPS * TOKENS * UNROLL - 1) / (WARPS * TOKENS * UNROLL);
     for (int round = 0; round < rounds; ++round) {
-      if (round)
-        load_cache(k, v, k_pool, v_pool, table, head, part, at, [&](int token) { return inside && token < stop; });
+      if (round) {
+        look_up();
+        load_cache(k, v, k_pool, v_pool, page, head, part, at, [&](int token) { return inside && token < stop; });
+      }
 #pragma unroll
       for (int g = 0; g < G; ++g) {
         float score[UNROLL], top = m[g];
@@ -417,9 +435,6 @@ __device__ __forceinline__ void attention(const u64* pointers, char* shared, cha
       }
     }
     meet();  // the next unit overwrites what is shared
-#ifdef TRACE
-    if (threadIdx.x == 0 && layer == 9) ((u64*)(scratch + S_PART + 4 * B * K * SPLITS * G * D))[(blockIdx.x * 4 + 2) * 4 + 0] = now();
-#endif
     if (SPLITS > 1) {
       if (threadIdx.x == 0) *flag = count(counters + 1 + (layer * B + b) * K + head) == SPLITS - 1;
       meet();
@@ -448,7 +463,7 @@ __device__ __forceinline__ void attention(const u64* pointers, char* shared, cha
 
 // One group's output rows, once its sums are there: what follows a matmul in the layer, for this block's rows. The rows of
 // the residual stream are the same in both phases that add to it, so a block keeps its own.
-__device__ __forceinline__ void close_group(const u64* pointers, char* scratch, int layer, int phase, int group, int2 row,
+__device__ __forceinline__ void close_group(const u64* pointers, const Step* step, char* scratch, int layer, int phase, int2 row,
                                             const float (&turn)[4], float4 sum, float4* residual, u16* out) {
   const int lane = threadIdx.x % 32;
   const u64* own = pointers + FIRST_LAYER + layer * PER_LAYER;
@@ -473,11 +488,8 @@ __device__ __forceinline__ void close_group(const u64* pointers, char* scratch, 
         u16* q = (u16*)(scratch + S_Q) + (b * N + head) * D + i;
         store(q, lo), store(q + HALF_D, hi);
       } else {
-        const int position = ((const int*)pointers[POSITIONS])[b];
-        const int page = position < 0 ? 0 : ((const int*)pointers[TABLES])[b * *(const int*)pointers[WIDTH] + position / PAGE];
-        const u64 cell = (u64)page * PAGE + (position < 0 ? 0 : position % PAGE);
         const int kv = (head - N) % K;
-        u16* to = (u16*)own[head < N + K ? K_POOL : V_POOL] + (cell * K + kv) * D + i;
+        u16* to = (u16*)own[head < N + K ? K_POOL : V_POOL] + (step->cells[b] * K + kv) * D + i;
         store(to, lo), store(to + HALF_D, hi);
       }
     } else if (phase == 2) {
@@ -503,6 +515,7 @@ extern "C" __global__ void __launch_bounds__(COMPUTE + 32, 1) decode_layers(PARA
   float* sums = (float*)(residual + OWN_GROUPS * 32);
   Progress* progress = (Progress*)(sums + B * WARPS);
   int* flag = (int*)(progress + 1);
+  Step* step = (Step*)(((u64)(flag + 1) + 7) / 8 * 8);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     POINTERS
@@ -510,28 +523,44 @@ extern "C" __global__ void __launch_bounds__(COMPUTE + 32, 1) decode_layers(PARA
     progress->closed = progress->met = 0;
   }
   __syncthreads();
+  {
+    const int width = *(const int*)pointers[WIDTH], *tables = (const int*)pointers[TABLES];
+    if (threadIdx.x == 0) step->width = width;
+    for (int i = threadIdx.x; i < LAYERS; i += COMPUTE + 32) step->windows[i] = ((const int*)pointers[WINDOWS])[i];
+    if (threadIdx.x < B) {
+      const int position = ((const int*)pointers[POSITIONS])[threadIdx.x];
+      step->lengths[threadIdx.x] = position + 1;
+      // a row that is not live writes to the null page
+      const int page = position < 0 ? 0 : tables[threadIdx.x * width + position / PAGE];
+      step->cells[threadIdx.x] = (u64)page * PAGE + (position < 0 ? 0 : position % PAGE);
+    }
+    const int row = min((int)blockIdx.x / (K * SPLITS), B - 1);
+    for (int i = threadIdx.x; i < min(width, CACHED_PAGES); i += COMPUTE + 32) step->pages[i] = tables[row * width + i];
+  }
+  __syncthreads();
   u32* counters = (u32*)pointers[COUNTERS];
   char* scratch = (char*)pointers[SCRATCH];
   u16 *h1 = (u16*)(scratch + S_H1), *h2 = (u16*)(scratch + S_H2);
 
   if (warp == WARPS) {  // the closer
-    const int own_first = first_group(H / 16, blockIdx.x), g = lane >> 2, column = (lane & 3) * 2;
-    for (int group = own_first; group < first_group(H / 16, blockIdx.x + 1); ++group) {
-      const int2 row = rows(1, group, g);
+    const int own_first = first_pair(H / 2, blockIdx.x), own_last = first_pair(H / 2, blockIdx.x + 1);
+    const int g = lane >> 2, column = (lane & 3) * 2;
+    for (int pair = own_first; pair < own_last; pair += 8) {
+      const int2 row = rows(1, min(pair + g, own_last - 1));
       const u16* x = (const u16*)pointers[X];
       float4 kept = make_float4(0.f, 0.f, 0.f, 0.f);
       if (column < B) kept.x = load(x + column * H + row.x), kept.z = load(x + column * H + row.y);
       if (column + 1 < B) kept.y = load(x + (column + 1) * H + row.x), kept.w = load(x + (column + 1) * H + row.y);
-      residual[(group - own_first) * 32 + lane] = kept;
+      residual[(pair - own_first) / 8 * 32 + lane] = kept;
     }
     int done = 0;
     for (int layer = 0; layer < LAYERS; ++layer) {
       for (int phase = 0; phase < 4; ++phase) {
         const Shape s = shape(phase);
         u16* out = phase == 1 ? h1 : layer == LAYERS - 1 ? (u16*)pointers[OUT] : h2;
-        const int begin = first_group(s.groups, blockIdx.x), end = first_group(s.groups, blockIdx.x + 1);
-        for (int group = begin; group < end; ++group) {
-          const int2 row = rows(phase, group, g);
+        const int begin = first_pair(s.pairs, blockIdx.x), end = first_pair(s.pairs, blockIdx.x + 1);
+        for (int pair = begin; pair < end; pair += 8) {
+          const int2 row = rows(phase, min(pair + g, end - 1));
           float turn[4] = {};
           if (phase == 0) {
 #pragma unroll
@@ -553,17 +582,15 @@ extern "C" __global__ void __launch_bounds__(COMPUTE + 32, 1) decode_layers(PARA
           __syncwarp();
           if (lane == 0) progress->closed = done + 1;
           ++done;
-          close_group(pointers, scratch, layer, phase, group, row, turn, sum, residual + (group - own_first) * 32 + lane, out);
+          if (pair + g < end)
+            close_group(pointers, step, scratch, layer, phase, row, turn, sum, residual + (pair - begin) / 8 * 32 + lane, out);
         }
         __syncwarp();
         if (lane == 0) arrive(counters);
-#ifdef TRACE
-        if (threadIdx.x % 32 == 0 && layer == 9) ((u64*)(scratch + S_PART + 4 * B * K * SPLITS * G * D))[(blockIdx.x * 4 + phase) * 4 + 3] = now();
-#endif
         // after q/k/v the blocks meet twice: attention comes between
         for (int meeting = phase ? layer * 5 + phase + 2 : layer * 5 + 1; meeting <= layer * 5 + phase + 2; ++meeting) {
           if (lane == 0) {
-            while (WAITING && acquire(counters) < meeting * SMS) {}
+            while (acquire(counters) < meeting * SMS) {}
             __threadfence_block();
             progress->met = meeting;
           }
@@ -595,40 +622,27 @@ extern "C" __global__ void __launch_bounds__(COMPUTE + 32, 1) decode_layers(PARA
         }
         __threadfence_block();
       };
-#ifdef TRACE
-      if (phase == 1 && threadIdx.x == 0 && layer == 9) ((u64*)(scratch + S_PART + 4 * B * K * SPLITS * G * D))[(blockIdx.x * 4 + phase) * 4 + 0] = now();
-#endif
       if (phase == 1) {
-        attention(pointers, xs, scratch, layer, counters, flag, gather);
+        attention(pointers, step, xs, scratch, layer, counters, flag, gather);
         meet();
         if (threadIdx.x == 0) arrive(counters);
-#ifdef TRACE
-        if (threadIdx.x == 0 && layer == 9) ((u64*)(scratch + S_PART + 4 * B * K * SPLITS * G * D))[(blockIdx.x * 4 + 3) * 4 + 0] = now();
-#endif
         ++meetings;
       }
-#ifdef TRACE
-#define MARK(n) if (threadIdx.x % 32 == 0 && layer == 9) ((u64*)(scratch + S_PART + 4 * B * K * SPLITS * G * D))[(blockIdx.x * 4 + phase) * 4 + n] = now();
-#else
-#define MARK(n)
-#endif
       const u64* own = pointers + FIRST_LAYER + layer * PER_LAYER;
       const Shape s = shape(phase);
       uint4 norm[HELD];
       if (phase % 2 == 0) load_norm(norm, (const u16*)own[phase ? POST_NORM : INPUT_NORM]);
       gather();
-      if (threadIdx.x == 0) { MARK(1) }
       if (phase == 0) stage_normalized(xs, sums, layer ? h2 : (const u16*)pointers[X], norm);
       else if (phase == 1) stage<QUERIES>(xs, (const u16*)(scratch + S_ATTN));
       else if (phase == 2) stage_normalized(xs, sums, h1, norm);
       else stage<F>(xs, (const u16*)(scratch + S_ACT));
       ++meetings;
-      if (threadIdx.x == 0) { MARK(2) }
       const int g = lane >> 2;
       const u32 x_at = xs_at + min(g, B - 1) * (s.columns * 2 + XS_PAD) + (lane & 3) * 16;
-      for (int group = first_group(s.groups, blockIdx.x); group < first_group(s.groups, blockIdx.x + 1); ++group) {
+      for (int pair = first_pair(s.pairs, blockIdx.x); pair < first_pair(s.pairs, blockIdx.x + 1); pair += 8) {
         float acc[4] = {0.f, 0.f, 0.f, 0.f};
-        const int2 own = share(s.columns / TILE, warp, group);
+        const int2 own = share(s.columns / TILE, warp, pair / 8);
         for (int tile = own.x; tile < own.y; ++tile) {
           if (full == FLIGHT) fill();
           __syncwarp();

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxinfer.ops import cuda
 
 WARPS = 10  # that stream; one more adds up
-FLIGHT = 3  # slots of a warp that are on their way at a time
+FLIGHT = 6  # slots of a warp that are on their way at a time
 CHUNKS = 8  # of 16 bytes, of a weight's row, that a warp takes at a time
-EXTRA = {}
-BUFFERS, PAD = 2, 16
+BUFFERS, PAD, CACHED_PAGES = 2, 16, 512
 MOST_ROWS = 4  # a row more costs shared memory that the ring of weights needs
 MOST_SPLITS, MOST_RING, LEAST_RING = 16, 16, 4
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -48,8 +47,9 @@ def _shared(sizes: Sizes, gpu: cuda.Gpu) -> int:
     columns = max(sizes.width, sizes.heads * sizes.head_dim, sizes.mlp)
     activations = max(sizes.rows * (columns * 2 + PAD), WARPS * group * (sizes.head_dim + 2) * 4)
     pointers = 8 * (10 + sizes.layers * (8 + len(sizes.biases)))
-    residual = 512 * (sizes.width // 16 // gpu.multiprocessors + 1)
-    return BUFFERS * WARPS * 512 + activations + 16 + pointers + residual + 4 * sizes.rows * WARPS + 512
+    step = 4 * (1 + sizes.layers + 3 * sizes.rows + 2 + CACHED_PAGES)
+    residual = 512 * ((sizes.width // 2 // gpu.multiprocessors + 8) // 8)
+    return BUFFERS * WARPS * 512 + activations + 16 + pointers + residual + 4 * sizes.rows * WARPS + step + 128
 
 
 def _ring(sizes: Sizes, gpu: cuda.Gpu) -> int:
@@ -97,7 +97,6 @@ def decode_layers(
     queries = rows * sizes.heads * sizes.head_dim
     scratch = 2 * (2 * queries + 2 * rows * sizes.width + rows * sizes.mlp) + 16
     scratch += rows * kv_heads * splits * group * (8 + 4 * sizes.head_dim)
-    scratch += 132*4*4*8
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((scratch,), jnp.uint8)]
 
     def in_place(array: jax.Array) -> None:
@@ -116,7 +115,6 @@ def decode_layers(
     source, shared = _source(sizes, gpu, splits, len(operands), len(results))
     ptx = cuda.compile_ptx(source, gpu.capability)
     out = cuda.call(ptx, "decode_layers", operands, results, aliases, gpu.multiprocessors, (WARPS + 1) * 32, shared)
-    if 'TRACE' in EXTRA: return out[0], out[1]
     return out[0], list(out[2:-1:2]), list(out[3:-1:2])
 
 
@@ -150,6 +148,5 @@ def _source(sizes: Sizes, gpu: cuda.Gpu, splits: int, operands: int, results: in
         # the operands, x's result and the scratch: what is written in place is among the operands
         "POINTERS": " ".join(f"pointers[{number}] = p{number};" for number in range(operands + 2)),
     }
-    macros |= {"WAITING": 1, "ATTENDING": 1, "TRACING": 0} | EXTRA
     defines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
     return defines + Path(__file__).with_name("decode_layers.cu").read_text(), _shared(sizes, gpu) + ring * WARPS * CHUNKS * 256

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxinfer.ops.attention import MASKED
+from jaxinfer.ops.tiles import grid, power
 
 ROWS = {128: 128, 256: 64}  # query rows of a tile, by head width up to
 KEYS = {128: 64, 256: 32}  # cached tokens of a tile
@@ -35,7 +36,7 @@ def prefill_attention(
     group = heads // kv_heads
     size = next(size for size in ROWS if width <= size)
     # the query heads of one KV head lie side by side: a tile's rows are (token, head) pairs
-    rows = max(DOT_ROWS, min(ROWS[size], _power(length * group)))
+    rows = max(DOT_ROWS, min(ROWS[size], power(length * group)))
     keys = max(DOT_ROWS, KEYS[size] * 2 // q.dtype.itemsize)
     warps = WARPS[size] if rows == ROWS[size] else 4
     kernel = functools.partial(_kernel, rows=rows, keys=keys, windowed=window is not None)
@@ -65,12 +66,12 @@ def _kernel(q_ref, k_ref, v_ref, tables_ref, limits_ref, window_ref, out_ref, *,
     _, length, _, group, width = q_ref.shape
     page_size = k_ref.shape[1]
     start, count, window = limits_ref[row, 0], limits_ref[row, 1], window_ref[0]
-    d = jnp.arange(_power(width))  # Triton wants powers of two
+    d = jnp.arange(power(width))  # Triton wants powers of two
     r = tile * rows + jnp.arange(rows)
     token = jax.lax.div(r, group)
     own = (token < length)[:, None] & (d < width)[None]
-    tokens, columns = _grid(token, d)
-    place = (row, tokens, head, _grid(jax.lax.rem(r, group), d)[0], columns)
+    tokens, columns = grid(token, d)
+    place = (row, tokens, head, grid(jax.lax.rem(r, group), d)[0], columns)
     q = triton.load(q_ref.at[place], mask=own, other=0.0)
 
     first = jax.lax.div(tile * rows, group)
@@ -85,8 +86,8 @@ def _kernel(q_ref, k_ref, v_ref, tables_ref, limits_ref, window_ref, out_ref, *,
         cell = jnp.minimum(at, stop - 1) if masked else at
         page = triton.load(tables_ref.at[row, jax.lax.div(cell, page_size)])
         # beyond the width the mask holds: a clamped index would hide from Triton that columns are contiguous
-        pages, columns = _grid(page, d)
-        place = (pages, _grid(jax.lax.rem(cell, page_size), d)[0], head, columns)
+        pages, columns = grid(page, d)
+        place = (pages, grid(jax.lax.rem(cell, page_size), d)[0], head, columns)
         there = None if d.size == width else columns < width
         other = None if there is None else 0.0
         k = triton.load(k_ref.at[place], mask=there, other=other)
@@ -118,12 +119,3 @@ def _kernel(q_ref, k_ref, v_ref, tables_ref, limits_ref, window_ref, out_ref, *,
     # a row that is not live has seen masked keys only, or none
     out = out * jnp.where(token < count, 1.0 / total, 0.0)[:, None]
     triton.store(out_ref.at[place], out.astype(out_ref.dtype), mask=own)
-
-
-def _grid(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    shape = (a.size, b.size)
-    return jnp.broadcast_to(a[:, None], shape), jnp.broadcast_to(b[None], shape)
-
-
-def _power(number: int) -> int:
-    return 1 << (number - 1).bit_length()
