@@ -56,6 +56,15 @@ def test_bfloat16_is_close_to_float32(group):
     np.testing.assert_allclose(found.astype(jnp.float32), paged_attention(*wide, 200), atol=0.02)
 
 
+def test_one_part_per_sequence_needs_no_join(monkeypatch):
+    monkeypatch.setattr("jaxinfer.ops.decode_attention.PROGRAMS", 1)
+    for group, window in ((1, None), (4, 7)):
+        arguments = case(2, 3, 2, group, 64, 16, 5, jnp.float32)
+        arguments = *arguments[:4], arguments[4].at[0].set(-1)
+        found = decode_attention(*arguments, window, interpret=not ON_GPU)
+        np.testing.assert_allclose(found, paged_attention(*arguments, window), atol=2e-3 if ON_GPU else 2e-6)
+
+
 def test_where_kernels_run():
     """Devices as JAX describes them: an H100, a T4, a CPU."""
     hopper, turing, cpu = (SimpleNamespace(device_kind="X", **each) for each in (
@@ -70,12 +79,12 @@ def test_where_kernels_run():
 
 
 @pytest.mark.slow
-def test_engine_with_and_without_kernels(tmp_path):
-    make_hf_folder(tmp_path / "hf", num_hidden_layers=2)
+@pytest.mark.parametrize("mesh, layers", [("", 2), ("stage=2", 3), ("stage=2,tensor=2", 2)])
+def test_engine_with_and_without_kernels(tmp_path, mesh, layers):
+    """All kernels of a layer; with three layers one of two stages has an empty slot."""
+    make_hf_folder(tmp_path / "hf", num_hidden_layers=layers)
     convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
     prompts = {str(length): [3 + (7 * i) % 90 for i in range(length)] for length in (1, 20, 45)}
     params = {name: SamplingParams(max_new_tokens=12, ignore_eos=True) for name in prompts}
-    found = [
-        tokens(run(make_engine(tmp_path / "ckpt", "stage=2", kernels=each), prompts, params)) for each in ("on", "off")
-    ]
+    found = [tokens(run(make_engine(tmp_path / "ckpt", mesh, kernels=each), prompts, params)) for each in ("on", "off")]
     assert found[0] == found[1]

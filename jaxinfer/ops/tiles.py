@@ -1,0 +1,15 @@
+"""What the Triton kernels share: blocks are powers of two, and every index of a block has the block's shape."""
+
+import jax
+import jax.numpy as jnp
+
+
+def grid(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows a and columns b as two arrays [a, b]."""
+    shape = (a.size, b.size)
+    return jnp.broadcast_to(a[:, None], shape), jnp.broadcast_to(b[None], shape)
+
+
+def power(number: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << (number - 1).bit_length()
