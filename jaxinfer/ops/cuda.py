@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# bytes of shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, technical specifications)
+# bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications per capability)
 SHARED = {"8.0": 166_912, "8.7": 166_912, "9.0": 232_448, "10.0": 232_448, "10.3": 232_448}
 SHARED_ELSE = 101_376
 

@@ -8,7 +8,8 @@
 // block share the 16 rows by columns, and the last warp of the block (the "closer") adds their parts, in one order.
 //
 // Sizes are macros: B rows, H width, N query heads, K KV heads, D head width, F MLP width, LAYERS, SMS blocks, PAGE tokens
-// of a page, SPLITS parts of a cache, RING tiles in flight per warp, EPS, HALF (float16, else bfloat16), ACTIVATION,
+// of a page, SPLITS parts of a cache, WARPS that stream, RING slots of each, CHUNKS of 16 bytes of a row in a slot, EPS,
+// SCALE of scores (softmax in powers of two), HALF (float16, else bfloat16), ACTIVATION,
 // biases QKV_BIAS, O_BIAS, MLP_BIAS. PARAMETERS, POINTERS: the kernel's arguments and their copy into `pointers`.
 
 typedef unsigned int u32;
@@ -605,8 +606,8 @@ extern "C" __global__ void __launch_bounds__(COMPUTE + 32, 1) decode_layers(PARA
   Stream stream;
   stream.pointers = pointers, stream.layer = stream.phase = 0, stream.warp = warp, stream.lane = lane;
   stream.open();
-  // Slots on their way are FLIGHT at most: more would queue up before memory, and what the blocks say to each other with
-  // them. While a warp waits it fills the ring, still FLIGHT at a time; then it first lives on what has arrived.
+  // a slot that was read is filled again at once; while a warp waits for the others it fills one more
+  constexpr int FLIGHT = RING - 2;
   int full = 0, tail = 0, head = 0, done = 0, meetings = 0;
   const auto fill = [&] {
     wait<FLIGHT - 1>();

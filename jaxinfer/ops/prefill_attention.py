@@ -16,7 +16,7 @@ from jaxinfer.ops.tiles import grid, power
 
 ROWS = {128: 128, 256: 64}  # query rows of a tile, by head width up to
 KEYS = {128: 64, 256: 32}  # cached tokens of a tile
-WARPS = {128: 8, 256: 8}
+WARPS = {128: 4, 256: 8}
 STAGES = {128: 3, 256: 2}  # tiles of keys and values under way at once
 DOT_ROWS = 16  # the least that tensor cores take
 
