@@ -6,7 +6,7 @@
 
 Each link of the chain is a psum and a multiplication that undoes it, so that none can be merged with another. The floor
 is 2 (n - 1) / n times the bytes at the rate of one device's link, measured by shifting a large block around the ring.
-GB/s are bytes of the message per second.
+GB/s are bytes of the message per second. `peer` is the kernel that writes into the other GPUs' memory, where it can.
 """
 
 import argparse
@@ -21,7 +21,11 @@ from benchmarks import report
 from benchmarks.common import count, start, user_errors
 from benchmarks.report import Row
 from jaxinfer import __version__
+from jaxinfer.cluster.distributed import everyone
 from jaxinfer.options import Parser, add_process_options
+from jaxinfer.parallel.all_reduce import peer_sum, shots
+from jaxinfer.parallel.mesh import AXES
+from jaxinfer.parallel.peer import connect
 from jaxinfer.telemetry.manifest import describe_run
 
 UNITS = {"K": 2**10, "M": 2**20}
@@ -67,26 +71,33 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, devices: list[Any]) -> None:
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import Mesh
 
-    n, mesh = len(devices), Mesh(np.array(devices), ("d",))
+    n, mesh = len(devices), Mesh(np.array(devices).reshape(1, 1, -1), AXES)
     link = link_rate(mesh)
+    peers, reason = connect(mesh, everyone)
     rows = []
     for size in args.sizes:
-        seconds = psum_seconds(mesh, size, args.chain)
-        least = 2 * (n - 1) / n * size / link
-        name = f"psum {_text(size)}"
-        rows += [
-            Row(name, "us", seconds * 1e6, least * 1e6),
-            Row(name, "GB/s", size / seconds / 1e9, n / (n - 1) / 2e9 * link),
-        ]
+        kinds = {"psum": None}
+        if peers is not None and shots(size, np.dtype(jnp.bfloat16), n) is not None:
+            kinds["peer"] = peers
+        for kind, table in kinds.items():
+            seconds = sum_seconds(mesh, size, args.chain, table)
+            least = 2 * (n - 1) / n * size / link
+            name = f"{kind} {_text(size)}"
+            rows += [
+                Row(name, "us", seconds * 1e6, least * 1e6),
+                Row(name, "GB/s", size / seconds / 1e9, n / (n - 1) / 2e9 * link),
+            ]
     run = describe_run(
         __version__, {"sizes": args.sizes, "chain": args.chain, "devices": n}, {"d": n}, [os.uname().nodename]
     )
     if jax.process_index() == 0:
         where = f"{n} of {devices[0].device_kind}, {jax.process_count()} process(es)"
-        report.show(f"collectives: {where}", rows, {"link, measured": f"{link / 1e9:,.1f} GB/s each way"})
+        facts = {"link, measured": f"{link / 1e9:,.1f} GB/s each way"} | ({"no peer sum": reason} if reason else {})
+        report.show(f"collectives: {where}", rows, facts)
         if args.json is not None:
             data = {"benchmark": "collectives", "model": "", "mesh_text": f"{n} devices", **run}
             data |= {"limits": {"link_bytes_per_s": link}, "details": {}, "notes": {}}
@@ -94,19 +105,19 @@ def measure(args: argparse.Namespace, devices: list[Any]) -> None:
     sys.stdout.flush()
 
 
-def psum_seconds(mesh: Any, size: int, chain: int) -> float:
-    """Seconds of one psum of `size` bytes of bfloat16 on each device."""
+def sum_seconds(mesh: Any, size: int, chain: int, peers: Any) -> float:
+    """Seconds of one sum of `size` bytes of bfloat16 on each device: a psum, or with `peers` the peer kernel."""
     import jax
     from jax import lax
 
     scale = 1 / mesh.size
 
-    def links(x: jax.Array) -> jax.Array:
+    def links(x: jax.Array, table: Any) -> jax.Array:
         for _ in range(chain):
-            x = lax.psum(x, "d") * scale
+            x = (lax.psum(x, "tensor") if table is None else peer_sum(x, table)) * scale
         return x
 
-    return _seconds(mesh, links, size) / chain
+    return _seconds(mesh, links, size, peers) / chain
 
 
 def link_rate(mesh: Any) -> float:
@@ -118,30 +129,31 @@ def link_rate(mesh: Any) -> float:
     ring = [(place, (place + 1) % n) for place in range(n)]
     chain = 4
 
-    def shift(x: Any) -> Any:
+    def shift(x: Any, _: None) -> Any:
         for _ in range(chain):
-            x = lax.ppermute(x, "d", ring)
+            x = lax.ppermute(x, "tensor", ring)
         return x
 
     return size * chain / _seconds(mesh, shift, size)
 
 
-def _seconds(mesh: Any, body: Any, size: int) -> float:
-    """Seconds of `body` on a block of `size` bytes per device; the best of a few rounds."""
+def _seconds(mesh: Any, body: Any, size: int, table: Any = None) -> float:
+    """Seconds of `body` on a block of `size` bytes per device and the peers' table; the best of a few rounds."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    spec = P("d")
-    function = jax.jit(partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(body))
+    spec = P("tensor")
+    mapped = partial(jax.shard_map, mesh=mesh, in_specs=(spec, P(*AXES)), out_specs=spec, check_vma=False)
+    function = jax.jit(mapped(body))
     make = jax.jit(partial(jnp.ones, (mesh.size, size // 2), jnp.bfloat16), out_shardings=NamedSharding(mesh, spec))
     block = make()
-    jax.block_until_ready(function(block))
+    jax.block_until_ready(function(block, table))
     best = float("inf")
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        jax.block_until_ready(function(block))
+        jax.block_until_ready(function(block, table))
         best = min(best, time.perf_counter() - began)
     return best
 

@@ -1,12 +1,20 @@
 """On real GPUs: JAXINFER_TEST_GPU=1 pytest -m gpu."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from convert.run import convert
 from engine_run import make_engine, run
 from greedy_reference import STORIES, equal_to_transformers, story_prompts
+from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.params import SamplingParams
+from jaxinfer.parallel import all_reduce, peer
+from jaxinfer.parallel.mesh import AXES, make_mesh, parse_mesh
 
 pytestmark = pytest.mark.gpu
 
@@ -29,3 +37,34 @@ def test_half_precision_tells_the_same_story_at_first(tmp_path, dtype):
     half = run(make_engine(tmp_path / "ckpt", dtype=dtype), prompts, params)["100", 0]
     full = run(make_engine(tmp_path / "ckpt"), prompts, params)["100", 0]
     assert half.logprobs[0].logprob == pytest.approx(full.logprobs[0].logprob, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("kib", [4, 12, 64, 256])
+def test_sum_over_peer_memory_equals_psum_on_every_gpu(dtype, kib):
+    ranks = max((each for each in peer.RANKS if each <= jax.device_count()), default=1)
+    if ranks == 1:
+        pytest.skip("needs 2 GPUs")
+    mesh = make_mesh(parse_mesh(f"tensor={ranks}"))
+    table, reason = peer.connect(mesh, everyone)
+    assert table is not None, reason
+    x = jax.random.normal(jax.random.key(kib), (ranks, 20, kib * 1024 // jnp.dtype(dtype).itemsize), dtype)
+
+    def sums(x, table):
+        def link(before, x):  # one after the other, as the layers of a model have them
+            done = all_reduce.peer_sum(x[None] + jnp.where(jnp.isinf(before[0, 0]), 1, 0).astype(x.dtype), table)
+            return done, done[0]
+
+        return jax.lax.scan(link, jnp.zeros_like(x[:1, 0]), x[0])[1][None]
+
+    def plain(x):
+        return jax.lax.psum(x.astype(jnp.float32), "tensor")
+
+    spec = P("tensor")
+    mapped = partial(jax.shard_map, mesh=mesh, out_specs=spec, check_vma=False)
+    found = np.asarray(jax.jit(mapped(sums, in_specs=(spec, P(*AXES))))(x, table).astype(jnp.float32))
+    wanted = np.asarray(jax.jit(mapped(plain, in_specs=spec))(x))
+    assert (found == found[:1]).all()
+    np.testing.assert_allclose(
+        found, wanted, rtol=1e-2 if dtype != "float32" else 1e-5, atol=1e-2 if dtype != "float32" else 1e-5
+    )
