@@ -65,6 +65,5 @@ def test_sum_over_peer_memory_equals_psum_on_every_gpu(dtype, kib):
     found = np.asarray(jax.jit(mapped(sums, in_specs=(spec, P(*AXES))))(x, table).astype(jnp.float32))
     wanted = np.asarray(jax.jit(mapped(plain, in_specs=spec))(x))
     assert (found == found[:1]).all()
-    np.testing.assert_allclose(
-        found, wanted, rtol=1e-2 if dtype != "float32" else 1e-5, atol=1e-2 if dtype != "float32" else 1e-5
-    )
+    bound = 1e-5 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(found, wanted, rtol=bound, atol=bound)
