@@ -90,7 +90,7 @@ def _steps(llm: LLM, life: Life, take: Callable[[Update], None], profile: Profil
     engine, drains = llm.engine, False
     while engine.has_unfinished():
         if profile is not None:
-            profile.before(engine.steps)
+            profile.before(engine.steps, engine.wait)
         order = life.poll(engine.steps)
         if order == "quit":
             break
@@ -99,6 +99,8 @@ def _steps(llm: LLM, life: Life, take: Callable[[Update], None], profile: Profil
             engine.put_back()
         for update in engine.step():
             take(update)
+    if profile is not None:
+        profile.finish(engine.wait)
     llm.drop()
 
 

@@ -1,5 +1,8 @@
 """Traces of some steps, and what is made of them."""
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 from jax.profiler import ProfileData
 
@@ -8,7 +11,8 @@ from engine_run import make_engine
 from hf_models import make_hf_folder
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Request
-from jaxinfer.telemetry.breakdown import breakdown, show
+from jaxinfer.telemetry.breakdown import breakdown, left_out, show
+from jaxinfer.telemetry.hlo import Instruction, Program
 from jaxinfer.telemetry.profile import Profile
 from jaxinfer.telemetry.xplane import Span, read
 
@@ -25,7 +29,7 @@ def test_each_nanosecond_counts_once():
         span(235, 245, op="c", scope="jit(decode)/layer_slot_0/mlp/dot"),  # after a launch gap of 5 us
         span(345, 350, op="d"),  # after 100 us without work
     ]
-    found = breakdown(spans, stages=1)
+    found = breakdown(spans, 1, {})
     assert set(found) == {"prefill", "decode"} and found["prefill"]["compute"] == pytest.approx(0.1)
     decode = found["decode"]
     times = {name: decode[name] * 1e3 for name in ("compute", "communication", "hidden", "launch", "idle")}
@@ -38,8 +42,9 @@ def test_each_nanosecond_counts_once():
 def test_steps_are_counted_by_what_repeats():
     # six ticks of three stages are two steps; what runs once around the loop does not count
     spans = [span(0, 10, op="before"), *(span(20 * tick, 20 * tick + 10, op=op) for tick in range(1, 7) for op in "ab")]
-    assert breakdown(sorted(spans), stages=3)["decode"]["steps"] == 2
-    assert breakdown(sorted(spans), stages=3)["decode"]["compute"] == pytest.approx(0.07 / 2)
+    assert breakdown(sorted(spans), 3, {})["decode"]["steps"] == 2
+    assert breakdown(sorted(spans), 3, {})["decode"]["compute"] == pytest.approx(0.07 / 2)
+    assert breakdown(sorted(spans), 3, {"decode": 7})["decode"]["compute"] == pytest.approx(0.07 / 7)  # who knows, says
 
 
 def test_a_gpus_trace(tmp_path):
@@ -70,12 +75,64 @@ def test_a_gpus_trace(tmp_path):
     text += "".join(f'lines {{ id: {n} name: "{name}" {events} }}\n' for n, (name, events) in enumerate(lines.items()))
     data = ProfileData.text_proto_to_serialized_xspace(f'planes {{ id: 1 name: "/device:GPU:3" {text} }}')
     (tmp_path / "a.xplane.pb").write_bytes(data)
-    ((device, spans),) = read(tmp_path / "a.xplane.pb").items()
-    decode = breakdown(spans, stages=1)["decode"]
+    ((device, spans),) = read(tmp_path / "a.xplane.pb").devices.items()
+    decode = breakdown(spans, 1, {})["decode"]
     assert device == 3 and decode["steps"] == 1 and decode["kernels"] == 2
     times = [decode[name] * 1e3 for name in ("compute", "communication", "hidden", "launch", "idle")]
     assert times == pytest.approx([50, 20, 10, 0, 0])
     assert decode["parts"] == {"mlp": [pytest.approx(0.05), pytest.approx(0.03)]}
+
+
+def test_an_h200s_trace(capsys, monkeypatch):
+    # CUDA graphs of an 8B model, cut down to two layers: the end of a dispatch, and the next with a last step that was
+    # cut; before them what a compiler tries out
+    (spans,) = read(Path(__file__).parent / "data" / "h200_decode.xplane.pb").devices.values()
+    found = breakdown(spans, 1, {})
+    assert set(found) == {"decode"} and found["decode"]["steps"] == 2
+    kernels = Counter((each.op.rstrip("_.0123456789"), "/".join(each.scope.split("/")[4:-1])) for each in spans)
+    for slot, times in ((0, 3), (1, 2)):
+        layer = f"layer_slot_{slot}"
+        assert kernels["fusion", f"{layer}/attention"] == kernels["fusion", f"{layer}/mlp"] == times  # one kernel
+        assert kernels["custom-call", f"{layer}/attention"] == kernels["custom-call", f"{layer}/mlp"] == times  # cuBLAS
+        assert kernels["pallas_call", f"{layer}/attention/paged_attention/decode_attention"] == times
+    assert kernels["gemm_fusion_dot_general", "head"] == 2
+    parts = {name: compute for name, (compute, _) in found["decode"]["parts"].items()}
+    assert sum(parts.values()) == pytest.approx(
+        found["decode"]["compute"], rel=0.05
+    )  # a kernel begins before others end
+    assert 0.25 < parts["head"] < 0.27 and 2 * 0.1 < parts["mlp"] < 3 * 0.1 and parts["other"] < 0.02
+    # the device waited for what tried things out: no idle time of decode, and no compute
+    assert 0.05 < left_out(spans) < 0.2 and found["decode"]["idle"] < 0.06
+    monkeypatch.setenv("COLUMNS", "80")
+    times = found["decode"] | {"idle": 1234.5}
+    show([{"rank": 127, "device": 7, "stage": 15, "programs": {"decode": times}, "left_out": left_out(spans)}], "p")
+    shown = capsys.readouterr().err
+    assert "left out: 0." in shown and "1,234.5" in shown and "kern." in shown and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_kernels_with_the_name_of_a_library():
+    def scope(part):
+        return f"jit(decode)/while/body/{part}"
+
+    program = Program(
+        {
+            "fusion.7": Instruction("fusion", scope("attention/mul"), "fusion"),
+            "custom-call.1": Instruction("custom-call", scope("attention/dot"), ""),
+            "all-reduce.1": Instruction("all-reduce", scope("attention/psum"), ""),
+            "custom-call.2": Instruction("custom-call", scope("decode_layers/ffi_call"), ""),
+            "fusion.8": Instruction("fusion", scope("mlp/mul"), "fusion"),
+        },
+        ["fusion.7", "custom-call.1", "all-reduce.1", "custom-call.2", "fusion.8"],
+    )
+    names = ["fusion_7", "Memset 0", "nvjet_tss", "ncclDevKernel_AllReduce", "fusion_7", "MemcpyD2D", "fusion_7"]
+    found = list(program.attribute((name, "command_buffer_1") for name in names))
+    assert [op for op, _ in found] == [
+        *("fusion.7", "custom-call.1", "custom-call.1", "all-reduce.1", "fusion.8", "MemcpyD2D", "fusion.7")
+    ]
+    assert found[5][1].scope == scope("mlp/mul")  # nothing there would launch it: with the one before
+    ((op, instruction),) = program.attribute([("whatever", "custom-call.2")])  # outside of a graph
+    assert op == "custom-call.2" and instruction.scope == scope("decode_layers/ffi_call")
 
 
 def test_a_real_trace(tmp_path, capsys):
@@ -86,21 +143,24 @@ def test_a_real_trace(tmp_path, capsys):
     for name in range(4):
         engine.add(Request(str(name), [3, 4, 5], SamplingParams(max_new_tokens=40, ignore_eos=True)))
     while engine.has_unfinished():
-        profile.before(engine.steps)
+        profile.before(engine.steps, engine.wait)
         engine.step()
-    profile.close()
+    profile.finish(engine.wait)
     assert len(list((tmp_path / "traces" / "rank-3").rglob("*.xplane.pb"))) == 1
     devices = profile.devices(engine.mesh)
     assert [(each["rank"], each["device"], each["stage"]) for each in devices] == [(3, n, n // 2) for n in range(4)]
     for each in devices:
         decode = each["programs"]["decode"]
-        assert 2 * 4 <= decode["steps"] <= 4 * 4  # of 4 per dispatch; another may have been under way at the start
+        assert decode["steps"] == 3 * 4  # three dispatches
         assert min(decode[name] for name in ("compute", "communication", "kernels")) > 0
         computing = {name for name, (compute, _) in decode["parts"].items() if compute}
         communicating = {name for name, (_, communication) in decode["parts"].items() if communication}
         assert computing >= {"attention", "paged_attention", "mlp", "head", "sample", "embed"}
         assert communicating >= {"attention", "mlp", "embed"} and "paged_attention" not in communicating
         assert sum(map(sum, decode["parts"].values())) > 0.99 * (decode["compute"] + decode["communication"])
+    ((newest,), mesh) = (tmp_path / "traces" / "rank-3").rglob("*.xplane.pb"), engine.mesh
+    for spans in read(newest).devices.values():  # what is there says the same as the count of the host
+        assert breakdown(spans, mesh.shape["stage"], {})["decode"]["steps"] == 3 * 4
     show(devices, "steps 4 to 6")
     shown = capsys.readouterr().err
     assert "steps 4 to 6: ms per decode step" in shown and "paged_attention" in shown

@@ -221,7 +221,8 @@ class Engine:
             run = self._runner.prefill if isinstance(dispatch, PrefillTick) else self._runner.decode
             self._count(dispatch)
             self._beat(_phase(dispatch), self.steps, True)
-            with ranges.step(_phase(dispatch), self.steps):
+            steps = 1 if isinstance(dispatch, PrefillTick) else self.config.decode_steps
+            with ranges.step(_phase(dispatch), self.steps, steps):
                 result, programs = run(dispatch), self._runner.programs
             self._in_flight.append((dispatch, result, time.perf_counter() - programs.compile_seconds))
             self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
@@ -232,6 +233,11 @@ class Engine:
         if len(self._in_flight) < 2 and dispatch is not None:
             return []
         return self._read(*self._in_flight.popleft())
+
+    def wait(self) -> None:
+        """Until the devices have done what was enqueued."""
+        for _, result, _ in self._in_flight:
+            result.read()
 
     def _read(self, dispatch: PrefillTick | DecodeBlock, result: Result, dispatched: float) -> list[Update]:
         self._beat(_phase(dispatch), self.steps, True)

@@ -7,16 +7,18 @@ from typing import Any
 from jaxinfer.telemetry.xplane import Span
 
 LAUNCH_GAP_NS = 20_000  # a longer gap is no launch: the device had nothing to do
-PARTS = ("embed", "attention", "paged_attention", "mlp", "head", "sample")
+PARTS = ("embed", "decode_layers", "attention", "paged_attention", "mlp", "head", "sample")
 SHOWN_DEVICES = 16
 PROGRAMS = {"decode": "decode step", "prefill": "prefill tick"}
 
 
-def breakdown(spans: Sequence[Span], stages: int) -> dict[str, dict[str, Any]]:
-    """The time of one device by program, in ms per decode step or prefill tick.
+def breakdown(spans: Sequence[Span], stages: int, counted: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The time of one device by program, in ms per decode step or prefill tick; `counted` has how many of them there
+    were. Where it has none, what most instructions did counts.
 
     Times that overlap count once: `communication` is what no computing hides, `hidden` what some does. `launch` are
-    gaps of less than 20 us inside a program, `idle` all others; a gap belongs to the program that comes after it.
+    gaps of less than 20 us inside a program, `idle` all others; a gap belongs to the program that comes after it, and
+    to none beside what is in no program: the device waited for a compiler.
     `parts` has [computing, communicating] of each part of the model, here with every kernel's full time.
     """
     found = {}
@@ -24,7 +26,7 @@ def breakdown(spans: Sequence[Span], stages: int) -> dict[str, dict[str, Any]]:
     for program in sorted({span.program for span in spans} & PROGRAMS.keys()):
         own = [span for span in spans if span.program == program]
         ticks = _repeats(own)
-        steps = max(1.0, ticks / stages if program == "decode" else ticks)
+        steps = counted.get(program) or max(1.0, ticks / stages if program == "decode" else ticks)
         busy = _covered(own)
         computing = _covered(span for span in own if not span.communicates)
         communicating = _covered(span for span in own if span.communicates)
@@ -42,6 +44,11 @@ def breakdown(spans: Sequence[Span], stages: int) -> dict[str, dict[str, Any]]:
         per_step = {name: time / steps / 1e6 for name, time in times.items()}
         found[program] = per_step | {"steps": steps, "kernels": len(own) / steps, "parts": parts}
     return found
+
+
+def left_out(spans: Sequence[Span]) -> float:
+    """Milliseconds in what is neither a decode step nor a prefill tick."""
+    return _covered(span for span in spans if span.program not in PROGRAMS) / 1e6
 
 
 def _part(scope: str) -> str:
@@ -68,7 +75,7 @@ def _gaps(spans: Sequence[Span]) -> tuple[Counter[str], Counter[str]]:
     idle: Counter[str] = Counter()
     last = None
     for span in spans:
-        if last is not None and span.start > last.end:
+        if last is not None and last.program and span.start > last.end:
             inside = span.program == last.program and span.start - last.end < LAUNCH_GAP_NS
             (launch if inside else idle)[span.program] += span.start - last.end
         if last is None or span.end > last.end:
@@ -89,6 +96,9 @@ def show(devices: Sequence[Mapping[str, Any]], title: str) -> None:
             console.print(f"{title}: ms per {unit}, mean of {_mean(each['steps'] for each in having):,.0f}")
             console.print(_times(having))
             console.print(_parts(having))
+    rest = _mean(each["left_out"] for each in devices)
+    if rest >= 0.01:
+        console.print(f"left out: {_ms(rest)} ms of neither, as tuning while compiling; mean of the devices")
 
 
 def _times(devices: list[dict[str, Any]]) -> Any:
@@ -98,13 +108,13 @@ def _times(devices: list[dict[str, Any]]) -> Any:
         place = (each["stage"],) if by_stage else (each["stage"], each["rank"], each["device"])
         groups.setdefault(place, []).append(each)
     times = ["compute", "communication", "launch", "idle"]
-    heads = ["stage", "devices"] if by_stage else ["stage", "rank", "device"]
-    table = _table(*heads, "all", "compute", "comm.", "launch", "idle", "hidden", "kernels")
+    heads = ["stage", "devs"] if by_stage else ["stage", "rank", "dev"]
+    table = _table(*heads, "all", "compute", "comm.", "launch", "idle", "hidden", "kern.")
     for place, group in sorted(groups.items()):
         mean = {name: _mean(each[name] for each in group) for name in (*times, "hidden", "kernels")}
         cells = [sum(mean[name] for name in times), *(mean[name] for name in (*times, "hidden"))]
         first = (*place, len(group)) if by_stage else place
-        table.add_row(*map(str, first), *(f"{time:,.3f}" for time in cells), f"{mean['kernels']:,.0f}")
+        table.add_row(*map(str, first), *map(_ms, cells), f"{mean['kernels']:,.0f}")
     return table
 
 
@@ -115,8 +125,12 @@ def _parts(devices: list[dict[str, Any]]) -> Any:
         for name in {name for each in devices for name in each["parts"]}
     }
     for name in sorted(means, key=lambda name: -sum(means[name])):
-        table.add_row(name, *(f"{time:,.3f}" if time else "" for time in means[name]))
+        table.add_row(name, *(_ms(time) if time else "" for time in means[name]))
     return table
+
+
+def _ms(time: float) -> str:
+    return f"{time:,.3f}" if time < 100 else f"{time:,.1f}"
 
 
 def _table(*columns: str) -> Any:

@@ -1,14 +1,16 @@
 """An XLA trace of some steps of a run, for TensorBoard's profile plugin, and what it says of each device."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.telemetry.breakdown import breakdown
+from jaxinfer.telemetry.breakdown import breakdown, left_out
 from jaxinfer.telemetry.xplane import read
 
 
 class Profile:
-    """Traces steps `first` to `last` of this process into ``folder/rank-N``; call `before` ahead of each step.
+    """Traces steps `first` to `last` of this process into ``folder/rank-N``; call `before` ahead of each step, and
+    `finish` after the last. Both take what waits for the devices: only whole steps can be counted.
 
     Raises:
       OSError: the folder cannot be made.
@@ -20,20 +22,26 @@ class Profile:
         self._first, self._last = first, last
         self._running = self.traced = False
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, wait: Callable[[], object]) -> None:
         """`step` counts from 0."""
         import jax
 
         if step == self._first:
+            wait()
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # it would slow the host down, and fill the trace
             jax.profiler.start_trace(self.folder, profiler_options=options)
             self._running = True
         elif step > self._last:
+            self.finish(wait)
+
+    def finish(self, wait: Callable[[], object]) -> None:
+        if self._running:
+            wait()
             self.close()
 
     def close(self) -> None:
-        """Ends the trace, if one runs."""
+        """Ends the trace, if one runs, whatever the devices do."""
         if self._running:
             import jax
 
@@ -45,13 +53,14 @@ class Profile:
         import jax
 
         newest = max(self.folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        spans = read(newest)
+        trace = read(newest)
         stage_of = {device: stage for stage, row in enumerate(mesh.devices) for device in row.flat}
         found = []
         for device in jax.local_devices():
             # traces number CPU devices over all processes, GPUs as the node does
-            own = spans.get(device.id if device.platform == "cpu" else device.local_hardware_id)
+            own = trace.devices.get(device.id if device.platform == "cpu" else device.local_hardware_id)
             if own and device in stage_of:
                 place = {"rank": self.rank, "device": device.local_hardware_id, "stage": stage_of[device]}
-                found.append(place | {"programs": breakdown(own, len(mesh.devices))})
+                programs = breakdown(own, len(mesh.devices), trace.steps)
+                found.append(place | {"programs": programs, "left_out": left_out(own)})
         return found

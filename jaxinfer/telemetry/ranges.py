@@ -11,14 +11,15 @@ NVTX_LIBRARIES = ("libnvToolsExt.so.1", "libnvtx3interop.so")
 
 
 @contextmanager
-def step(name: str, number: int) -> Iterator[None]:
-    """The host enqueues step `number`, a ``decode`` or ``prefill``; next to nothing when nobody watches."""
+def step(name: str, number: int, steps: int) -> Iterator[None]:
+    """The host enqueues dispatch `number`, of so many ``decode`` steps or ``prefill`` ticks; costs next to nothing when
+    nobody watches."""
     import jax
 
     push, pop = _nvtx()
     push(f"{name} {number}")
     try:
-        with jax.profiler.StepTraceAnnotation(name, step_num=number):
+        with jax.profiler.StepTraceAnnotation(name, step_num=number, steps=steps):
             yield
     finally:
         pop()

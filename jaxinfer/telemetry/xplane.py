@@ -1,13 +1,12 @@
 """Reads what the devices did out of a profiler's trace file (an XSpace protobuf)."""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-COLLECTIVE = re.compile(r"all-(reduce|gather|to-all)|reduce-scatter|collective-|ragged-all|^send|^recv")
-# kernels that communicate, by name: NCCL's, copies to another device, and our own
-EXCHANGE = re.compile(r"nccl|MemcpyP2P|all_?reduce|all_?gather|peer_", re.I)
+from jaxinfer.telemetry.hlo import COLLECTIVE, EXCHANGE, Instruction, Program, kernel_name, programs
+
 # steps that hold other steps, and copies between host and device
 NO_WORK = re.compile(r"while|conditional|call$|.*MemcpyH2D|.*MemcpyD2H")
 
@@ -17,26 +16,26 @@ class Span(NamedTuple):
 
     start: float
     end: float
-    program: str  # decode, prefill, or whatever JAX called it; "" when nothing says
+    program: str  # decode, prefill, or whatever JAX called it; "" for what is in none, as tuning while compiling
     op: str
     scope: str
     communicates: bool
 
 
-class _Instruction(NamedTuple):
-    opcode: str
-    scope: str
+class Trace(NamedTuple):
+    """What each device of a process did, in order of time; by JAX's id of a CPU device, by the number of a GPU.
+    `steps` has how many of each kind the host enqueued meanwhile, see `ranges.step`."""
+
+    devices: dict[int, list[Span]]
+    steps: dict[str, int]
 
 
-_Programs = dict[str, dict[str, _Instruction]]  # "jit_decode(4)" -> instruction's name -> what it is
-
-
-def read(path: Path) -> dict[int, list[Span]]:
-    """What each device of a process did, in order of time; by JAX's id of a CPU device, by the number of a GPU."""
+def read(path: Path) -> Trace:
     from jax.profiler import ProfileData
 
-    described = _programs(memoryview(path.read_bytes()))
-    events: list[tuple[int, _Event]] = []
+    described = programs(memoryview(path.read_bytes()))
+    events: dict[tuple[int, str, str], list[_Event]] = {}
+    steps: Counter[str] = Counter()
     for plane in ProfileData.from_file(str(path)).planes:
         gpu = re.fullmatch(r"/device:GPU:(\d+)", plane.name)
         if gpu is None and not plane.name.startswith("/host:CPU"):
@@ -48,100 +47,48 @@ def read(path: Path) -> dict[int, list[Span]]:
                 stats = dict(event.stats)
                 if gpu or ("hlo_op" in stats and "device_ordinal" in stats):
                     device = int(gpu[1]) if gpu else int(stats["device_ordinal"])
-                    events.append((device, _event(event, stats)))
-    ops: dict[tuple[str, str], set[str]] = {}
-    for _, event in events:
-        ops.setdefault((event.module, event.program_id), set()).add(event.op)
-    programs = {key: _best(described, *key, names) for key, names in ops.items()}
+                    program = str(stats.get("hlo_module", "")), str(stats.get("program_id", ""))
+                    events.setdefault((device, *program), []).append(_event(event, stats))
+                elif "step_num" in stats:
+                    steps[event.name] += int(stats.get("steps", 0))
     devices: dict[int, list[Span]] = {}
-    for device, event in events:
-        span = _span(event, programs[event.module, event.program_id].get(event.op))
-        if span is not None:
-            devices.setdefault(device, []).append(span)
-    return {device: sorted(devices[device]) for device in sorted(devices)}
+    for (device, module, program_id), own in events.items():
+        own.sort()
+        program = _best(described, module, program_id, {name for each in own for name in (each.kernel, each.op)})
+        found = program.attribute((each.kernel, each.op) for each in own)
+        spans = [_span(module, event, *each) for event, each in zip(own, found, strict=True)]
+        devices.setdefault(device, []).extend(span for span in spans if span is not None)
+    return Trace({device: sorted(devices[device]) for device in sorted(devices)}, +steps)
 
 
 class _Event(NamedTuple):
     start: float
     end: float
-    name: str
-    module: str
-    program_id: str
+    kernel: str
     op: str
     scope: str
 
 
 def _event(event: Any, stats: dict[str, Any]) -> _Event:
-    op = re.split("::|/", str(stats.get("hlo_op", "")))[-1] or event.name
+    op = re.split("::|/", str(stats.get("hlo_op", "")))[-1]
     scope = str(stats.get("name", stats.get("tf_op", "")))
-    program = str(stats.get("hlo_module", "")), str(stats.get("program_id", ""))
-    return _Event(event.start_ns, event.start_ns + event.duration_ns, event.name, *program, op, scope)
+    return _Event(event.start_ns, event.start_ns + event.duration_ns, event.name, op, scope)
 
 
-def _best(described: _Programs, module: str, program_id: str, ops: set[str]) -> dict[str, _Instruction]:
+def _best(described: dict[str, Program], module: str, program_id: str, names: set[str]) -> Program:
     """The description of a program. Out of the compile cache it has the number of the run that compiled it, so what
     counts are the instructions; there may be one per shape."""
     same = {name: program for name, program in described.items() if name.startswith(f"{module}(")}
     if not same:
-        return {}
-    return same[max(same, key=lambda name: (len(ops & same[name].keys()), name == f"{module}({program_id})"))]
+        return Program({}, [])
+    names = set(map(kernel_name, names))
+    return same[max(same, key=lambda name: (len(names & same[name].kernels), name == f"{module}({program_id})"))]
 
 
-def _span(event: _Event, instruction: _Instruction | None) -> Span | None:
-    opcode = instruction.opcode if instruction else event.op
-    if NO_WORK.match(opcode) or NO_WORK.match(event.name):
+def _span(module: str, event: _Event, op: str, instruction: Instruction) -> Span | None:
+    opcode = instruction.opcode
+    if NO_WORK.match(opcode) or NO_WORK.match(event.kernel):
         return None
-    scope = (instruction.scope if instruction else "") or event.scope
-    communicates = bool(COLLECTIVE.search(opcode) or EXCHANGE.search(event.name))
-    program = event.module.removeprefix("jit_").partition("(")[0]
-    return Span(event.start, event.end, program, event.op, scope, communicates)
-
-
-def _programs(space: memoryview) -> _Programs:
-    """The programs that the trace describes; JAX's reader leaves this part of the file out. Numbers are those of the
-    fields in xplane.proto and hlo.proto."""
-    found = {}
-    for plane in _all(space, 1):
-        if _text(plane, 2) != "/host:metadata":
-            continue
-        for entry in _all(plane, 4):
-            for metadata in _all(entry, 2):
-                modules = [module for stat in _all(metadata, 5) for hlo in _all(stat, 6) for module in _all(hlo, 1)]
-                found[_text(metadata, 2)] = {
-                    _text(each, 1): _Instruction(_text(each, 2), "".join(_text(meta, 2) for meta in _all(each, 7)))
-                    for module in modules
-                    for computation in _all(module, 3)
-                    for each in _all(computation, 2)
-                }
-    return found
-
-
-def _text(message: memoryview, number: int) -> str:
-    return "".join(bytes(each).decode() for each in _all(message, number))
-
-
-def _all(message: memoryview, number: int) -> Iterator[memoryview]:
-    """The fields `number` of a protobuf message that are themselves bytes."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        kind = key & 7
-        if kind == 2:
-            size, at = _varint(message, at)
-            if key >> 3 == number:
-                yield message[at : at + size]
-            at += size
-        elif kind == 0:
-            _, at = _varint(message, at)
-        else:
-            at += 8 if kind == 1 else 4
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+    communicates = bool(COLLECTIVE.search(opcode) or EXCHANGE.search(event.kernel))
+    program = module.removeprefix("jit_").partition("(")[0] if module.startswith("jit_") else ""
+    return Span(event.start, event.end, program, op, instruction.scope or event.scope, communicates)
