@@ -68,9 +68,8 @@ def test_rope_and_write_equals_the_plain_form(seed, dtype):
     q, *pools = jax.jit(rope_and_write, static_argnames="interpret")(*arguments, interpret=not ON_GPU)
     expected_q, *expected_pools = jax.jit(rotate_and_write)(*arguments)
     close(q, expected_q, dtype)
-    for before, found, expected in zip(arguments[3:5], pools, expected_pools):
-        close(found[1:], expected[1:], dtype)
-        assert (found[0] == before[0]).all(), "tokens that are not live write nothing"
+    for found, expected in zip(pools, expected_pools):  # the null page too: tokens that are not live write nothing
+        close(found, expected, dtype)
 
 
 @pytest.mark.gpu

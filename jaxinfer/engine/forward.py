@@ -112,16 +112,20 @@ class Decoder:
 
                 return *layer(x, delta, attend, ops.add_norm), *written
 
+            def run_alone(x, k_pool, v_pool, run=run):
+                x, delta, *written = run(x, None, k_pool, v_pool)
+                return _added(x, delta), *written
+
             with jax.named_scope(f"layer_slot_{slot}"):
                 here = [layer is not None for layer in layers]
                 if all(here):
                     x, delta, k_pools[slot], v_pools[slot] = run(x, delta, k_pools[slot], v_pools[slot])
                 else:  # an empty slot costs no compute; all ranks of a tensor group take the same branch
-                    delta = jnp.zeros_like(x) if delta is None else delta
-                    x, delta, k_pools[slot], v_pools[slot] = jax.lax.cond(
-                        jnp.array(here)[stage], run, lambda *same: same, x, delta, k_pools[slot], v_pools[slot]
+                    x, delta = _added(x, delta), None
+                    x, k_pools[slot], v_pools[slot] = jax.lax.cond(
+                        jnp.array(here)[stage], run_alone, lambda *same: same, x, k_pools[slot], v_pools[slot]
                     )
-        return x if delta is None else x + delta, (k_pools, v_pools)
+        return _added(x, delta), (k_pools, v_pools)
 
     def _together(self, x: jax.Array, page: int) -> Sizes | None:
         """The layers that one launch can do: decoding few rows, without tensor parallelism, slots that no stage leaves
@@ -162,6 +166,11 @@ class Decoder:
         if not any(windows):
             return None
         return jnp.array([window or NO_WINDOW for window in windows])[stage]
+
+
+def _added(x: jax.Array, delta: jax.Array | None) -> jax.Array:
+    with jax.named_scope("mlp"):  # whose output it is
+        return x if delta is None else x + delta
 
 
 def _bind(graph: Any, state: Any, arrays: Arrays) -> Any:

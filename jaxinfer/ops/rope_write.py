@@ -27,7 +27,7 @@ def rope_and_write(
     positions: jax.Array,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `rotate_and_write`, but tokens at position -1 write nothing; the pools are written in place."""
+    """As `rotate_and_write`, with the pools written in place; only interpreted, on a CPU, are they copied."""
     batch, length, columns = qkv.shape
     kv_heads, width = k_pool.shape[2:]
     heads = columns // width - 2 * kv_heads
