@@ -25,7 +25,7 @@ constexpr int VEC = D % 8 == 0 ? 8 : 4;    // cache elements per lane and load
 __host__ __device__ constexpr int power(int n) { int p = 1; while (p < n) p *= 2; return p; }
 constexpr int LANES = power(D / VEC);      // that share a cached token
 constexpr int TOKENS = 32 / LANES;         // of a warp at a time
-constexpr int UNROLL = G == 1 ? 16 : G <= 4 ? 2 : 2;  // tokens that a lane loads before it works on them
+constexpr int UNROLL = G == 1 ? 28 : G <= 4 ? 2 : 2;  // tokens that a lane loads before it works on them
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int CACHED_PAGES = 512;
 constexpr int XS_PAD = 16;                 // bytes; rows start in different banks

@@ -81,8 +81,8 @@ def decode_layers(
     """x [B, 1, H] through the layers; returns it and the pools with the new keys and values, in place if donated.
 
     cos, sin [B, 1, D/2]; positions [B, 1], -1 where a row is not live; tables [B, W]; windows [L] tokens; `layers` by
-    name, weights as [out, in]; pools [P, page, K, D] per layer. Sums are float32, in one order: the same input gives the
-    same bits. All blocks must run at once, so no other program may hold multiprocessors for good.
+    name, weights as [out, in]; pools [P, page, K, D] per layer. Sums are float32, in one order: the same input gives
+    the same bits. All blocks must run at once, so no other program may hold multiprocessors for good.
 
     Raises:
       CudaError: NVRTC does not take the source.
