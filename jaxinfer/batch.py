@@ -79,7 +79,7 @@ def run_batch(
     stopped_by = signal.Signals(number).name if number else None
     import jax
 
-    summary = counts | {"unfinished": unfinished, "stopped_by": stopped_by}
+    summary = counts | {"unfinished": unfinished, "stopped_by": stopped_by, "decode_sum": llm.engine.decode_sum}
     summary |= metrics.summary(asdict(llm.engine.stats), jax.devices()[0].device_kind)
     if writer is not None:
         write_json(beside(writer.path, "metrics"), summary)

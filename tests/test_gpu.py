@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from convert.run import convert
-from engine_run import make_engine, run
+from engine_run import make_engine, run, tokens
 from greedy_reference import STORIES, equal_to_transformers, story_prompts
 from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.params import SamplingParams
@@ -67,3 +67,21 @@ def test_sum_over_peer_memory_equals_psum_on_every_gpu(dtype, kib):
     assert (found == found[:1]).all()
     bound = 1e-5 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(found, wanted, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tokens_are_the_same_with_sums_over_peer_memory(tmp_path, monkeypatch, dtype):
+    """Two ranks: there is but one order to add in, so that the bits are the same too."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    convert(STORIES, tmp_path / "ckpt", dtype=dtype, quiet=True)
+    prompts, params = story_prompts([1, 17, 100, 300]), SamplingParams(max_new_tokens=60, ignore_eos=True)
+
+    def found():
+        engine = make_engine(tmp_path / "ckpt", "tensor=2", dtype=dtype, kernels="on")
+        return tokens(run(engine, prompts, params)), engine.decode_sum
+
+    by_peers, way = found()
+    assert way == "peer"
+    monkeypatch.setattr("jaxinfer.engine.engine.connect", lambda mesh, everyone: (None, "off"))
+    assert found() == (by_peers, "psum: off")

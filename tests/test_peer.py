@@ -5,11 +5,19 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.emit import Features
+from jaxinfer.engine.forward import Decoder
+from jaxinfer.engine.programs import Program, Programs
+from jaxinfer.models.config import from_hf
 from jaxinfer.parallel import all_reduce, peer
 from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+from jaxinfer.parallel.placement import Rules
+from jaxinfer.parallel.stages import balance
 
 
 def gpus(capability="9.0", groups=1, ranks=4, per_process=8):
@@ -143,3 +151,44 @@ def simulate(ranks, places, seed, sums=12):
         if moved is not False:
             idle = 0
     return f"wrong: {wrong[0]}" if wrong else "sums"
+
+
+def lowered(mesh: str, rows: int = 1, width: int = 1024) -> tuple[str, str]:
+    """The decode program of a model of two layers, then its prefill program, with a table of peers."""
+    sizes = parse_mesh(mesh)
+    config = {"vocab_size": 64, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config |= {"architectures": ["LlamaForCausalLM"], "intermediate_size": 64, "rms_norm_eps": 1e-5}
+    model = from_hf(config | {"max_position_embeddings": 64})
+    made = make_mesh(sizes)
+    table = jnp.zeros((*made.devices.shape, sizes["tensor"] + 1, 2), jnp.uint32)
+    programs = Programs(
+        Decoder(model, balance(2, sizes["stage"])),
+        EngineConfig(mesh=sizes, max_batch=rows, prefill_chunk=8),
+        made,
+        Rules(),
+        jnp.dtype("bfloat16"),
+        4,
+        table,
+        lambda: None,
+    )
+    kinds = ("decode", rows // sizes["stage"], 0), ("prefill", 1, 8)
+    return tuple(programs.lower(Program(*kind, 1, Features(), False)).as_text() for kind in kinds)
+
+
+KERNEL, PSUM = "__gpu$xla.gpu.ptx", '"stablehlo.all_reduce"'
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "by_peers", "by_psum"),
+    [
+        ("tensor=2", 1, 5, 0),  # after attention and MLP of two layers, and the embedding's
+        ("tensor=4", 4, 5, 0),
+        ("stage=2,tensor=2", 2, 2, 2),  # the embedding is cut over stages too, and the last one's x goes to all
+        ("tensor=2", 512, 0, 5),  # a megabyte
+    ],
+)
+def test_decode_steps_sum_over_peers_what_is_small(monkeypatch, mesh, rows, by_peers, by_psum):
+    monkeypatch.setattr(all_reduce, "_ptx", lambda *macros: "")  # it takes NVRTC
+    decode, prefill = lowered(mesh, rows)
+    assert (decode.count(KERNEL), decode.count(PSUM)) == (by_peers, by_psum)
+    assert KERNEL not in prefill and PSUM in prefill

@@ -19,6 +19,7 @@ from jaxinfer.checkpoint.dummy import random_params
 from jaxinfer.checkpoint.load import default_threads, load
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.checkpoint.reader import Reader
+from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.forward import Decoder
@@ -31,6 +32,7 @@ from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence, State
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.ops.cuda import gpu
 from jaxinfer.parallel.mesh import LayoutError, make_mesh, mesh_sizes, parse_mesh
+from jaxinfer.parallel.peer import connect
 from jaxinfer.parallel.placement import Rules, check_layout
 from jaxinfer.parallel.stages import balance, check_stage_layers
 from jaxinfer.telemetry import ranges
@@ -77,6 +79,8 @@ class Engine:
         self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
         self.stats = Stats()
         self._beat, self.steps = beat, 0
+        self.decode_sum = "psum"  # over `tensor`: by which way; with the reason where kernels are on and it is psum
+        peers = self._connect() if decoder.kernels == "on" and sizes["tensor"] > 1 else None
         self._unwanted = threading.Event()
         self._loading: Future | None = ThreadPoolExecutor(1, "load").submit(self._load, decoder, rules, loading)
         with self.loading_stops_at_error():
@@ -89,6 +93,7 @@ class Engine:
             self.dtype,
             self.memory.pages,
             self.max_context,
+            peers,
             lambda: beat("compile", self.steps, False),
         )
         rows = self._runner.programs.rows()
@@ -306,6 +311,14 @@ class Engine:
         stats.steady_stage_ticks = scheduler.steady_bubble.total
         stats.steady_idle_stage_ticks = scheduler.steady_bubble.idle
         stats.preemptions = scheduler.preemptions
+
+    def _connect(self) -> jax.Array | None:
+        """What decode steps sum over; None where `psum` has to do."""
+        self._beat("load", 0, True)
+        peers, reason = connect(self.mesh, everyone)
+        self._beat("load", 0, False)
+        self.decode_sum = "peer" if peers is not None else f"psum: {reason}"
+        return peers
 
     def _load(self, decoder: Decoder, rules: Rules, loading: Callable[[int, int], None]) -> Any:
         began, reader = time.perf_counter(), Reader(self.path, self.manifest)

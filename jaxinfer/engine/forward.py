@@ -20,6 +20,7 @@ from jaxinfer.ops.decode_layers import Sizes, decode_layers, fits
 from jaxinfer.ops.norm import add_then_norm
 from jaxinfer.ops.prefill_attention import prefill_attention
 from jaxinfer.ops.rope_write import rope_and_write
+from jaxinfer.parallel import collectives
 from jaxinfer.parallel.placement import Parameter
 from jaxinfer.parallel.stages import slots
 
@@ -85,7 +86,9 @@ class Decoder:
         stage = jax.lax.axis_index("stage")
         cos, sin = rope.angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
         ops = _ops(self.kernels)
-        attention = ops.decode_attention if x.shape[1] == 1 else ops.prefill_attention
+        decodes = x.shape[1] == 1
+        attention = ops.decode_attention if decodes else ops.prefill_attention
+        reduce = partial(collectives.tensor_sum, peers=params.get("peers") if decodes else None)
         k_pools, v_pools = list(pools[0]), list(pools[1])
         together = self._together(x, k_pools[0].shape[3])
         if together is not None:
@@ -110,7 +113,7 @@ class Decoder:
                     with jax.named_scope("paged_attention"):
                         return attention(q, *pools, tables, positions, window)
 
-                return *layer(x, delta, attend, ops.add_norm), *written
+                return *layer(x, delta, attend, ops.add_norm, reduce), *written
 
             def run_alone(x, k_pool, v_pool, run=run):
                 x, delta, *written = run(x, None, k_pool, v_pool)

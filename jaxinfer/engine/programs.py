@@ -18,7 +18,7 @@ from jaxinfer.engine.emit import Features
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.steps import DecodeInputs, PrefillInputs, State, decode_block, prefill_tick
 from jaxinfer.ops.sampling import SamplingArrays, sampling_arrays
-from jaxinfer.parallel.mesh import VOCAB_AXES, mesh_sizes
+from jaxinfer.parallel.mesh import AXES, VOCAB_AXES, mesh_sizes
 from jaxinfer.parallel.placement import Parameter, Rules, global_shape, local_size, partition_spec
 
 POOL = P("stage", "data", None, None, "tensor", None)
@@ -39,7 +39,7 @@ class Program(NamedTuple):
 
 class Programs:
     """Compiles a program before its first use, or ahead of it, in threads; `compiling` is called while `run` waits, at
-    each program that is ready."""
+    each program that is ready. `peers`: see `peer.connect`; the programs' params then have it too, under this name."""
 
     def __init__(
         self,
@@ -49,9 +49,10 @@ class Programs:
         rules: Rules,
         dtype: Any,
         pages: int,
+        peers: jax.Array | None,
         compiling: Callable[[], None],
     ):
-        self._compiling, self._pages = compiling, pages
+        self._compiling, self._pages, self._peers = compiling, pages, peers
         self._decoder, self._config, self._mesh, self._rules, self._dtype = decoder, config, mesh, rules, dtype
         self._sizes = mesh_sizes(mesh)
         self._compiled: dict[Program, Future] = {}
@@ -143,6 +144,11 @@ class Programs:
         return {program: future.result() for program, future in self._compiled.items()}
 
     def _compile(self, program: Program) -> jax.stages.Compiled:
+        with self._tracing:  # it holds Python's lock: side by side, all would be late
+            lowered = self.lower(program)
+        return lowered.compile()
+
+    def lower(self, program: Program) -> jax.stages.Lowered:
         features = program.features
         if program.kind == "decode":
             body, outputs = partial(decode_block, self._decoder, features, self._config.decode_steps), 1
@@ -169,22 +175,23 @@ class Programs:
         if features.reads_rows:
             rows = sampling_arrays((self._sizes["data"], self.slots()))
             rows = jax.tree.map(lambda each: self._shape(each.shape, each.dtype, P()), rows)
-        with self._tracing:  # it holds Python's lock: side by side, all would be late
-            lowered = jax.jit(mapped, donate_argnums=1).lower(params, state, self.inputs(program), rows)
-        return lowered.compile()
+        return jax.jit(mapped, donate_argnums=1).lower(params, state, self.inputs(program), rows)
 
     def _shape(self, shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._mesh, spec))
 
     def _params(self) -> Any:
-        """The shapes of the weights."""
-        return jax.tree.map(
+        """The shapes of the weights, and of the table of peers if there is one."""
+        weights = jax.tree.map(
             lambda parameter: self._shape(
                 global_shape(parameter, self._rules, self._sizes), self._dtype, partition_spec(parameter, self._rules)
             ),
             self._decoder.parameters(),
             is_leaf=lambda leaf: isinstance(leaf, Parameter),
         )
+        if self._peers is None:
+            return weights
+        return weights | {"peers": self._shape(self._peers.shape, self._peers.dtype, P(*AXES))}
 
     def _state(self, counts: bool) -> State:
         """The shapes of the state."""

@@ -52,9 +52,11 @@ class Runner:
         dtype: Any,
         pages: int,
         max_context: int,
+        peers: jax.Array | None,
         compiling: Callable[[], None],
     ):
-        self.programs = Programs(decoder, config, mesh, rules, dtype, pages, compiling)
+        self.programs = Programs(decoder, config, mesh, rules, dtype, pages, peers, compiling)
+        self._peers = peers
         self._params: Any = None
         self._state: State | None = None
         self._counts = False  # the state counts tokens
@@ -72,7 +74,8 @@ class Runner:
 
     def begin(self, params: Any) -> None:
         """Takes the weights and makes the state."""
-        self._params, self._state = params, self.programs.new_state()
+        self._params = params if self._peers is None else params | {"peers": self._peers}
+        self._state = self.programs.new_state()
 
     def compile_ahead(self, ahead: Ahead) -> None:
         """Begins to compile what the waiting requests will need."""

@@ -86,7 +86,7 @@ def decode_block(
         enters = inputs.active[entering] & (position[entering] < inputs.limit[entering])
         flying = flying.at[entering].set(enters)
         with jax.named_scope("embed"):
-            fed = ends.embedding(token[entering])[:, None]
+            fed = ends.embedding(token[entering], params.get("peers"))[:, None]
         x = jnp.where(stage == 0, fed, x) if stages > 1 else fed
         at = jnp.where(flying[here], position[here], -1)[:, None]
         x, (k, v) = decoder.run_stage(params, (k, v), x, at, inputs.prompt_length[here], inputs.tables[here])

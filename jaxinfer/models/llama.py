@@ -28,6 +28,8 @@ ACTIVATIONS = {
 Attend = Callable[[jax.Array], jax.Array]
 # AddNorm: x and delta [..., H], weight [H] and epsilon -> x + delta and the norm of that
 AddNorm = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]]
+# Reduce: each device's part of a sum [B, T, H] -> the sum over ``tensor``
+Reduce = Callable[[jax.Array], jax.Array]
 
 
 class Layer(nnx.Module):
@@ -56,7 +58,7 @@ class Layer(nnx.Module):
             self.gate_up_bias, self.down_bias = weight(0, "gate_bias", "up_bias"), weight(0, "down_bias")
 
     def __call__(
-        self, x: jax.Array, delta: jax.Array | None, attend: Attend, add_norm: AddNorm
+        self, x: jax.Array, delta: jax.Array | None, attend: Attend, add_norm: AddNorm, reduce: Reduce
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, H] and delta, what is still to be added to it (None: nothing); both replicated over ``tensor``.
 
@@ -67,25 +69,25 @@ class Layer(nnx.Module):
                 normed = rms_norm(x, self.input_norm[...], eps)
             else:
                 x, normed = add_norm(x, delta, self.input_norm[...], eps)
-            delta = self._attention(normed, attend)
+            delta = self._attention(normed, attend, reduce)
         with jax.named_scope("mlp"):
             x, normed = add_norm(x, delta, self.post_norm[...], eps)
-            return x, self._mlp(normed)
+            return x, self._mlp(normed, reduce)
 
-    def _attention(self, x: jax.Array, attend: Attend) -> jax.Array:
+    def _attention(self, x: jax.Array, attend: Attend, reduce: Reduce) -> jax.Array:
         qkv = linear(x, self.qkv[...])
         if self.config.qkv_bias:
             qkv = qkv + self.qkv_bias[...]
         mixed = attend(qkv)
-        out = collectives.tensor_sum(linear(mixed.reshape(*x.shape[:2], -1), self.o[...]))
+        out = reduce(linear(mixed.reshape(*x.shape[:2], -1), self.o[...]))
         return out + self.o_bias[...] if self.config.o_bias else out
 
-    def _mlp(self, x: jax.Array) -> jax.Array:
+    def _mlp(self, x: jax.Array, reduce: Reduce) -> jax.Array:
         both = linear(x, self.gate_up[...])
         if self.config.mlp_bias:
             both = both + self.gate_up_bias[...]
         gate, up = jnp.split(both, 2, axis=-1)
-        out = collectives.tensor_sum(linear(ACTIVATIONS[self.config.activation](gate) * up, self.down[...]))
+        out = reduce(linear(ACTIVATIONS[self.config.activation](gate) * up, self.down[...]))
         return out + self.down_bias[...] if self.config.mlp_bias else out
 
 
@@ -103,12 +105,12 @@ class Ends(nnx.Module):
         if not config.tied:
             self.head = weight(1, "head")
 
-    def embedding(self, tokens: jax.Array) -> jax.Array:
+    def embedding(self, tokens: jax.Array, peers: jax.Array | None = None) -> jax.Array:
         """Tokens [...] to [..., H] on every device; ids outside this device's rows add zero to the sum."""
         table = self.embed[...]
         row = tokens - collectives.vocab_rank() * table.shape[0]
         mine = (row >= 0) & (row < table.shape[0])
-        return collectives.vocab_sum(jnp.where(mine[..., None], table[jnp.where(mine, row, 0)], 0))
+        return collectives.vocab_sum(jnp.where(mine[..., None], table[jnp.where(mine, row, 0)], 0), peers)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, H] to float32 logits [B, V / n] of this device's part of the vocabulary."""

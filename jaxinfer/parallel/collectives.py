@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.parallel.all_reduce import peer_sum, shots
 from jaxinfer.parallel.mesh import VOCAB_AXES
 
 
-def tensor_sum(x: jax.Array) -> jax.Array:
-    """Adds the partial products of a row-cut matmul over the tensor axis."""
+def tensor_sum(x: jax.Array, peers: jax.Array | None = None) -> jax.Array:
+    """Adds the partial products of a row-cut matmul over the tensor axis; over the memory of `peers`, where there is a
+    table of them (`peer.connect`), if that is quicker for so many bytes."""
+    if peers is not None and shots(x.nbytes, x.dtype, peers.shape[-2] - 1) is not None:
+        return peer_sum(x, peers)
     return jax.lax.psum(x, "tensor")
 
 
@@ -35,7 +39,9 @@ def vocab_rank() -> jax.Array:
     return jax.lax.axis_index("stage") * jax.lax.axis_size("tensor") + jax.lax.axis_index("tensor")
 
 
-def vocab_sum(x: jax.Array) -> jax.Array:
+def vocab_sum(x: jax.Array, peers: jax.Array | None = None) -> jax.Array:
+    if jax.lax.axis_size("stage") == 1:
+        return tensor_sum(x, peers)
     return jax.lax.psum(x, VOCAB_AXES)
 
 
