@@ -5,7 +5,9 @@
     python -m benchmarks.latency --model llama-2-70b --mesh tensor=8
     python -m benchmarks.latency --model tiny --cpu-devices 1 --batch 1,4 --prompt-tokens 64 --new-tokens 32
 
-TPOT: (latency - TTFT) / (new tokens - 1), the median over all requests of all repeats.
+TPOT: from when every request of the batch has its first token to the end, over the new tokens but one: decode alone,
+without the prompts of the others in between; the median over the repeats. What the requests themselves see is among the
+details in the JSON file.
 TTFT: until every request of the batch has its first token, the median over the repeats.
 Greedy, end tokens ignored, prompts of random tokens. A first run, not counted, compiles the programs.
 """
@@ -55,7 +57,8 @@ def main() -> None:
         for batch in args.batch:
             runs = measure(bench, batch)
             rows += figures(bench, batch, runs, peer)
-            details[f"B={batch}"] = {"ttft_p50_s": median(each for run in runs for each in run.ttft)}
+            seen = {name: [each for run in runs for each in getattr(run, name)] for name in ("ttft", "tpot")}
+            details[f"B={batch}"] = {f"{name}_p50_s": median(values) for name, values in seen.items()}
         bench.finish(rows, details, notes)
 
 
@@ -75,7 +78,7 @@ def figures(bench: Bench, batch: int, runs: list[Run], peer: dict[str, float]) -
     args, place = bench.args, (bench.limits, bench.sizes)
     step = floor.step_seconds(bench.model, batch, args.prompt_tokens + args.new_tokens / 2, bench.item, *place)
     first = floor.prefill_seconds(bench.model, [args.prompt_tokens] * batch, *place)
-    tpot = median(each for run in runs for each in run.tpot)
+    tpot = middle(runs, lambda run: (run.latency - run.last_ttft) / (args.new_tokens - 1))
     rate = middle(runs, lambda run: run.tokens / run.latency)
     best = batch * args.new_tokens / (first + (args.new_tokens - 1) * step)
 

@@ -1,6 +1,9 @@
 """On real GPUs: JAXINFER_TEST_GPU=1 pytest -m gpu."""
 
+import gc
+import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from convert.dummy import write_dummy
 from convert.run import convert
 from engine_run import make_engine, run, tokens
 from greedy_reference import STORIES, equal_to_transformers, story_prompts
@@ -37,6 +41,40 @@ def test_half_precision_tells_the_same_story_at_first(tmp_path, dtype):
     half = run(make_engine(tmp_path / "ckpt", dtype=dtype), prompts, params)["100", 0]
     full = run(make_engine(tmp_path / "ckpt"), prompts, params)["100", 0]
     assert half.logprobs[0].logprob == pytest.approx(full.logprobs[0].logprob, abs=0.1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 24])
+def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, batch):
+    """Llama-3.1-8B's shape: greedy tokens with kernels on and off differ only where the plain form's two likeliest tokens
+    are as good as equal; a row is compared up to its first difference, since both go their own ways from there."""
+    shape = json.loads((Path(__file__).parents[1] / "configs/models/llama-3.1-8b.json").read_text())
+    write_dummy(shape, tmp_path / "ckpt", dtype="bfloat16")
+    draw = np.random.default_rng(batch)
+    prompts = {str(i): draw.integers(0, 128000, 20 + 40 * i).tolist() for i in range(batch)}
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True, logprobs=2)
+    found = {}
+    for kernels in ("off", "on"):
+        engine = make_engine(
+            tmp_path / "ckpt",
+            load_format="dummy",
+            kernels=kernels,
+            max_batch=batch,
+            max_context=1088,
+            dtype="bfloat16",
+            prefill_chunk=None,
+        )
+        found[kernels] = run(engine, prompts, params)
+        del engine
+        gc.collect()
+    same = 0
+    for key, plain in found["off"].items():
+        for token, expected in zip(found["on"][key].token_ids, plain.logprobs, strict=True):
+            if token != expected.token_id:
+                (_, first), (_, second) = expected.top[:2]
+                assert first - second < 0.1, f"row {key}"
+                break
+            same += 1
+    assert same > 10 * batch, "rows that part at once compare nothing"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
