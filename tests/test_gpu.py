@@ -45,8 +45,8 @@ def test_half_precision_tells_the_same_story_at_first(tmp_path, dtype):
 
 @pytest.mark.parametrize("batch", [1, 3, 24])
 def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, batch):
-    """Llama-3.1-8B's shape: greedy tokens with kernels on and off differ only where the plain form's two likeliest tokens
-    are as good as equal; a row is compared up to its first difference, since both go their own ways from there."""
+    """Llama-3.1-8B's shape: greedy tokens with kernels on and off differ only where the plain form's two likeliest
+    tokens are as good as equal; a row is compared up to its first difference, where both go their own ways."""
     shape = json.loads((Path(__file__).parents[1] / "configs/models/llama-3.1-8b.json").read_text())
     write_dummy(shape, tmp_path / "ckpt", dtype="bfloat16")
     draw = np.random.default_rng(batch)
