@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.shapes import hf_config
+from convert.dummy import write_dummy
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Features
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.programs import Program, Programs
 from jaxinfer.models.config import from_hf
@@ -192,3 +195,13 @@ def test_decode_steps_sum_over_peers_what_is_small(monkeypatch, mesh, rows, by_p
     decode, prefill = lowered(mesh, rows)
     assert (decode.count(KERNEL), decode.count(PSUM)) == (by_peers, by_psum)
     assert KERNEL not in prefill and PSUM in prefill
+
+
+@pytest.mark.parametrize("kernels", ["off", "on"])
+def test_engine_without_gpus_does_not_connect(tmp_path, monkeypatch, kernels):
+    monkeypatch.setattr("jaxinfer.engine.engine.connect", lambda *arguments: pytest.fail("connects"))
+    write_dummy(hf_config("tiny"), tmp_path)
+    config = EngineConfig(mesh=parse_mesh("tensor=2"), load_format="dummy", kernels=kernels)
+    engine = Engine(tmp_path, config)
+    engine.wait_loaded()
+    assert engine.decode_sum == "psum"
