@@ -150,5 +150,5 @@ def _source(sizes: Sizes, gpu: cuda.Gpu, splits: int, operands: int, results: in
         "POINTERS": " ".join(f"pointers[{number}] = p{number};" for number in range(operands + 2)),
     }
     defines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
-    source = defines + Path(__file__).with_name("decode_layers.cu").read_text()
-    return source, _shared(sizes, gpu) + ring * WARPS * CHUNKS * 256
+    parts = [Path(__file__).with_name(f"decode_layers{part}.cu").read_text() for part in ("_stream", "_attention", "")]
+    return defines + "".join(parts), _shared(sizes, gpu) + ring * WARPS * CHUNKS * 256
