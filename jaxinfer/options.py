@@ -102,11 +102,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load-format", choices=LOAD_FORMATS, default=config.load_format, help=what)
     group.add_argument("--stage-layers", metavar="N,N,...", help="layers per stage (default: balanced)")
     for name, what in (
-        ("max_batch", "sequences that decode at once, per data shard"),
+        ("max_batch", "sequences that decode at once, per data shard (default: 64; with kernels what fits, up to 512)"),
         ("page_size", "tokens per cache page"),
         ("pages", "cache pages per data shard (default: what memory is left)"),
         ("decode_steps", "decode steps per dispatch"),
-        ("prefill_chunk", "prompt tokens per prefill tick"),
+        ("prefill_chunk", "prompt tokens per prefill tick (default: 512; with kernels what fits, up to 8192)"),
         ("max_context", "most tokens of prompt and output together (default: the model's)"),
         ("load_threads", "threads of each process that read the checkpoint (default: its cores, at most 8)"),
     ):

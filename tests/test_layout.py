@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.load import local_piece
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import Engine, _check_dtype
 from jaxinfer.engine.forward import Decoder
-from jaxinfer.engine.memory import choose_chunk, plan_memory
+from jaxinfer.engine.memory import choose_batch, choose_chunk, plan_memory
 from jaxinfer.models.config import from_hf
 from jaxinfer.models.leaves import Leaf
 from jaxinfer.parallel.mesh import LayoutError, make_mesh, parse_mesh
@@ -167,7 +167,7 @@ def test_memory_plan_counts_the_weights_to_the_byte(tmp_path):
     config = from_hf(json.loads((tmp_path / "hf" / "config.json").read_text()))
     plan = plan_memory(
         Decoder(config, (2,)),
-        EngineConfig(prefill_chunk=512),
+        EngineConfig(prefill_chunk=512, max_batch=64),
         Rules(),
         parse_mesh(""),
         np.float32,
@@ -182,12 +182,22 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded():
     config = from_hf(LLAMA_70B)
     decoder = Decoder(config, (80,))
     with pytest.raises(LayoutError) as error:
-        plan_memory(decoder, EngineConfig(prefill_chunk=512), Rules(), parse_mesh(""), np.float16, 4096, 80 * 2**30)
+        plan_memory(
+            decoder,
+            EngineConfig(prefill_chunk=512, max_batch=64),
+            Rules(),
+            parse_mesh(""),
+            np.float16,
+            4096,
+            80 * 2**30,
+        )
     text = str(error.value)
     assert "weights 131563" in text, "137,953,820,672 bytes"
     assert "90% of 81920 MiB is 73728" in text and "more devices (tensor, stage)" in text
     sizes = parse_mesh("tensor=4")
-    fits = plan_memory(decoder, EngineConfig(prefill_chunk=512), Rules(), sizes, np.float16, 4096, 80 * 2**30)
+    fits = plan_memory(
+        decoder, EngineConfig(prefill_chunk=512, max_batch=64), Rules(), sizes, np.float16, 4096, 80 * 2**30
+    )
     assert fits.weights + fits.workspace + fits.pages * fits.page <= 0.9 * 80 * 2**30
 
 
@@ -197,7 +207,9 @@ def test_chunk_and_workspace_with_and_without_kernels():
     rest = rules, sizes, np.float16, 4096
 
     def chunk(kernels, limit, **settings):
-        return choose_chunk(Decoder(config, (80,), kernels), EngineConfig(**settings), *rest, limit * 2**30)
+        return choose_chunk(
+            Decoder(config, (80,), kernels), EngineConfig(**{"max_batch": 64} | settings), *rest, limit * 2**30
+        )
 
     assert chunk("off", 80) == chunk("interpret", 80) == 512
     assert chunk("on", 80) == 8192 and chunk("on", 80, prefill_chunk=100) == 100
@@ -205,7 +217,7 @@ def test_chunk_and_workspace_with_and_without_kernels():
     assert chunk("on", 20) == 2048, "a quarter of what the weights leave"
 
     def workspace(kernels, chunk):
-        settings = EngineConfig(prefill_chunk=chunk, kernels=kernels)
+        settings = EngineConfig(prefill_chunk=chunk, max_batch=64, kernels=kernels)
         return plan_memory(Decoder(config, (80,), kernels), settings, *rest, 80 * 2**30).workspace
 
     hidden, mlp, heads = 8192, 28672 // 8, 64 // 8 * 128
@@ -213,9 +225,24 @@ def test_chunk_and_workspace_with_and_without_kernels():
     assert workspace("on", 8192) < workspace("off", 8192) / 2
 
 
+def test_batch_fills_the_cache_where_kernels_run():
+    config, rules = from_hf(LLAMA_70B), Rules()
+
+    def batch(kernels, mesh, context, **settings):
+        decoder = Decoder(config, (80,), kernels)
+        where = rules, parse_mesh(mesh), np.float16, context, 80 * 2**30
+        return choose_batch(decoder, EngineConfig(**settings), *where)
+
+    assert batch("off", "tensor=8", 1280) == batch("interpret", "tensor=8", 1280) == 64
+    # 40 KiB of cache per token and card, some 55 GiB beside the weights
+    assert batch("on", "tensor=8", 1280) == 512 and batch("on", "tensor=8", 4096) == 512
+    assert batch("on", "tensor=8", 12000) == 128 and batch("on", "tensor=8", 131072) == 64, "the latest gives way"
+    assert batch("on", "tensor=8", 1280, max_batch=7) == 7
+
+
 def test_prefill_shapes():
     def shapes(chunk, **settings):
-        return EngineConfig(prefill_chunk=chunk, **settings).prefill_shapes()
+        return EngineConfig(prefill_chunk=chunk, **{"max_batch": 64} | settings).prefill_shapes()
 
     assert shapes(512) == ((1, 512), (4, 128), (16, 32)) and shapes(26, max_batch=3) == ((1, 26),)
     assert shapes(8192) == ((16, 512), (256, 32), (64, 32), (16, 32))

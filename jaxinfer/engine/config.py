@@ -17,7 +17,8 @@ class EngineConfig:
       mesh: sizes of the axes ``stage``, ``data``, ``tensor``; one left out is 1.
       dtype: of weights, activations and cache; None takes the checkpoint's.
       stage_layers: layers per stage; None balances them.
-      max_batch: sequences that decode at once, per data shard.
+      max_batch: sequences that decode at once, per data shard, at most; None takes 64, and with kernels up to 512,
+        as many as the cache has room for.
       page_size: tokens per cache page.
       pages: cache pages per data shard; None fills what memory is left after the weights.
       memory_fraction: share of a device's memory that weights and cache may take.
@@ -36,7 +37,7 @@ class EngineConfig:
     mesh: Mapping[str, int] = field(default_factory=dict)
     dtype: str | None = None
     stage_layers: tuple[int, ...] | None = None
-    max_batch: int = 64
+    max_batch: int | None = None
     page_size: int = 16
     pages: int | None = None
     memory_fraction: float = 0.9
@@ -67,7 +68,8 @@ class EngineConfig:
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
     def prefill_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(rows, tokens per row) of prefill ticks, once `prefill_chunk` is known. A prompt may take several rows.
+        """(rows, tokens per row) of prefill ticks, once `prefill_chunk` and `max_batch` are known. A prompt may take
+        several rows.
 
         Without kernels, or for a small chunk: all of `prefill_chunk` tokens, in one row to 16. A large chunk has short
         rows, which leave little empty behind a prompt's end, in ticks of three sizes for many and few waiting tokens;
@@ -81,7 +83,7 @@ class EngineConfig:
         return (sizes[0] // LONG_ROW, LONG_ROW), *((size // SHORT_ROW, SHORT_ROW) for size in sizes)
 
     def ticks_per_block(self) -> int:
-        """`prefill_ticks`, or what it is where none is set, once `prefill_chunk` is known."""
+        """`prefill_ticks`, or what it is where none is set, once `prefill_chunk` and `max_batch` are known."""
         return self.prefill_ticks or max(1, max(4, self.max_batch // 16) * 512 // max(512, self.prefill_chunk))
 
     def table_widths(self, max_context: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.forward import Decoder
-from jaxinfer.engine.memory import choose_chunk, device_limit, plan_memory
+from jaxinfer.engine.memory import choose_batch, choose_chunk, device_limit, plan_memory
 from jaxinfer.engine.request import Request, Stats, Update
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
@@ -73,10 +73,11 @@ class Engine:
         device = jax.local_devices()[0]
         decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, self.dtype, device), gpu(device))
         limit = min(map(device_limit, jax.local_devices()))
-        chunk = choose_chunk(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
-        kernels = "off" if decoder.kernels == "off" else "on"
-        self.config = config = replace(config, prefill_chunk=chunk, kernels=kernels)
-        self.memory = plan_memory(decoder, config, rules, sizes, self.dtype, self.max_context, limit)
+        where = rules, sizes, self.dtype, self.max_context, limit
+        config = replace(config, kernels="off" if decoder.kernels == "off" else "on")
+        config = replace(config, max_batch=choose_batch(decoder, config, *where))
+        self.config = config = replace(config, prefill_chunk=choose_chunk(decoder, config, *where))
+        self.memory = plan_memory(decoder, config, *where)
         self.stats = Stats()
         self._beat, self.steps = beat, 0
         self.decode_sum = "psum"  # over `tensor`: by which way; with the reason where kernels are on and it is psum

@@ -97,9 +97,8 @@ class Decoder:
                     together, params, (k_pools, v_pools), x, cos, sin, positions, tables, stage
                 )
         delta = None  # what the layers so far have yet to add to x
-        for slot, layers in enumerate(self.slots):
-            if together is not None and slot < together.layers:
-                continue
+        done = 0 if together is None else together.layers
+        for slot, layers in enumerate(self.slots[done:], done):
             graph, state = self._described[1][slot]
             layer = _bind(graph, state, {name: array[0] for name, array in params["layers"][slot].items()})
             window = self._window(layers, stage)

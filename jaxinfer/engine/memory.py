@@ -16,6 +16,7 @@ from jaxinfer.parallel.placement import MeshSizes, Parameter, Rules, local_shape
 
 MIB = 2**20
 SMALL_CHUNK, LARGE_CHUNK = 512, 8192  # tokens
+BATCHES = (64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,27 @@ def device_limit(device: jax.Device) -> int:
     return psutil.virtual_memory().total // len(jax.local_devices())
 
 
+def choose_batch(
+    decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, dtype: Any, max_context: int, limit: int
+) -> int:
+    """`max_batch`, or where none is set the best: the plain form of attention gathers the pages of every row; with
+    kernels, as many rows as find room in the cache when each holds half a context."""
+    if config.max_batch is not None:
+        return config.max_batch
+    if decoder.kernels != "on":
+        return BATCHES[0]
+    item = np.dtype(dtype).itemsize
+    free = limit * config.memory_fraction - _weights(decoder, rules, sizes, item)
+    row = _page(decoder, config, rules, sizes, item) * ceil(max_context / 2 / config.page_size)
+    return max([BATCHES[0], *(batch for batch in BATCHES if batch * row <= free)])
+
+
 def choose_chunk(
     decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, dtype: Any, max_context: int, limit: int
 ) -> int:
-    """`prefill_chunk`, or where none is set the best: the plain form of attention writes its scores out, so that large
-    chunks help it little; with kernels, matmuls get LARGE_CHUNK, but no more than requests can fill, and than a quarter
-    of what the weights leave can work on."""
+    """`prefill_chunk`, or where none is set the best, once `max_batch` is known: the plain form of attention writes its
+    scores out, so that large chunks help it little; with kernels, matmuls get LARGE_CHUNK, but no more than requests can
+    fill, and than a quarter of what the weights leave can work on."""
     if config.prefill_chunk is not None:
         return config.prefill_chunk
     chunk, item = SMALL_CHUNK, np.dtype(dtype).itemsize
@@ -62,10 +78,9 @@ def plan_memory(
     """Raises:
     LayoutError: weights, workspace and the cache of one full context do not fit; the message gives each and what would.
     """
-    model, item = decoder.config, np.dtype(dtype).itemsize
+    item = np.dtype(dtype).itemsize
     weights = _weights(decoder, rules, sizes, item)
-    kv_heads = local_size("kv_heads", model.num_kv_heads, rules, sizes)
-    page = 2 * len(decoder.slots) * config.page_size * kv_heads * model.head_dim * item
+    page = _page(decoder, config, rules, sizes, item)
     workspace = _workspace(decoder, config, rules, sizes, item, max_context)
 
     needed = ceil(max_context / config.page_size) + 1
@@ -92,6 +107,12 @@ def _weights(decoder: Decoder, rules: Rules, sizes: MeshSizes, item: int) -> int
     is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
     parameters = jax.tree.leaves(decoder.parameters(), is_leaf=is_parameter)
     return sum(prod(local_shape(parameter, rules, sizes)) for parameter in parameters) * item
+
+
+def _page(decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, item: int) -> int:
+    """Keys and values of all layer slots of a stage."""
+    kv_heads = local_size("kv_heads", decoder.config.num_kv_heads, rules, sizes)
+    return 2 * len(decoder.slots) * config.page_size * kv_heads * decoder.config.head_dim * item
 
 
 def _workspace(
