@@ -56,8 +56,8 @@ def choose_chunk(
     decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, dtype: Any, max_context: int, limit: int
 ) -> int:
     """`prefill_chunk`, or where none is set the best, once `max_batch` is known: the plain form of attention writes its
-    scores out, so that large chunks help it little; with kernels, matmuls get LARGE_CHUNK, but no more than requests can
-    fill, and than a quarter of what the weights leave can work on."""
+    scores out, so that large chunks help it little; with kernels, matmuls get LARGE_CHUNK, but no more than requests
+    can fill, and than a quarter of what the weights leave can work on."""
     if config.prefill_chunk is not None:
         return config.prefill_chunk
     chunk, item = SMALL_CHUNK, np.dtype(dtype).itemsize
