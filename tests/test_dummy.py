@@ -89,7 +89,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="load_format: 'random' is not one of checkpoint, dummy"):
         EngineConfig(load_format="random")
     with pytest.raises(CheckpointError, match="holds no weights; legal: load_format dummy"):
-        make_engine(folder)
+        make_engine(folder).wait_loaded()
     with pytest.raises(ValueError, match="dtype: 'int8' is not supported; supported: bfloat16, float16, float32"):
         write_dummy(TINY, tmp_path, "int8")
     with pytest.raises(ValueError, match="hidden_size: expected a number above 0, found nothing"):
