@@ -43,10 +43,12 @@ def test_half_precision_tells_the_same_story_at_first(tmp_path, dtype):
     assert half.logprobs[0].logprob == pytest.approx(full.logprobs[0].logprob, abs=0.1)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 24])
-def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, batch):
+@pytest.mark.parametrize(("mesh", "batch"), [("", 1), ("", 3), ("", 24), ("stage=2", 3), ("tensor=2", 3)])
+def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, mesh, batch):
     """Llama-3.1-8B's shape: greedy tokens with kernels on and off differ only where the plain form's two likeliest
     tokens are as good as equal; a row is compared up to its first difference, where both go their own ways."""
+    if mesh and jax.device_count() < 2:
+        pytest.skip(f"{mesh} needs 2 GPUs")
     shape = json.loads((Path(__file__).parents[1] / "configs/models/llama-3.1-8b.json").read_text())
     write_dummy(shape, tmp_path / "ckpt", dtype="bfloat16")
     draw = np.random.default_rng(batch)
@@ -56,6 +58,7 @@ def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, batch):
     for kernels in ("off", "on"):
         engine = make_engine(
             tmp_path / "ckpt",
+            mesh,
             load_format="dummy",
             kernels=kernels,
             max_batch=batch,
