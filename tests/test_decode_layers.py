@@ -47,7 +47,8 @@ def test_the_source_compiles(sizes):
     operands = 8 + sizes.layers * (8 + len(sizes.biases))
     for gpu in (HOPPER, AMPERE):
         source, shared = _source(sizes, gpu, 4, operands, 3 + 2 * sizes.layers)
-        assert ".entry decode_layers" in cuda.compile_ptx(source, gpu.capability)
+        ptx = cuda.compile_ptx(source, gpu.capability)
+        assert ".entry decode_layers" in ptx and "\n.version 8.1\n" in ptx, "older drivers take no newer PTX"
         assert shared <= gpu.shared_bytes
 
 

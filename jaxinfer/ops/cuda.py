@@ -5,6 +5,7 @@ No compiler needs to be installed, and a kernel is part of the program's CUDA gr
 import ctypes
 import functools
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ import numpy as np
 # bytes of shared memory that one block may have (CUDA C++ Programming Guide, technical specifications per capability)
 SHARED = {"8.0": 166_912, "8.7": 166_912, "9.0": 232_448, "10.0": 232_448, "10.3": 232_448}
 SHARED_ELSE = 101_376
+# The driver compiles PTX, and refuses a version newer than itself, which NVRTC writes where it is newer. Ours needs no
+# more than 8.1 (CUDA 12.1: a kernel's arguments may take more than 4 KiB).
+PTX_VERSION, DRIVER = "8.1", 12010
 
 
 class CudaError(RuntimeError):
@@ -35,9 +39,10 @@ class Gpu:
 
 
 def gpu(device: jax.Device) -> Gpu | None:
-    """None where CUDA kernels of ours cannot run: no NVIDIA GPU, one below compute capability 8.0, no NVRTC."""
+    """None where CUDA kernels of ours cannot run: no NVIDIA GPU, one below compute capability 8.0, no NVRTC, a driver
+    older than CUDA 12.1."""
     capability = getattr(device, "compute_capability", "")
-    if not capability.replace(".", "").isdigit() or float(capability) < 8 or _library() is None:
+    if not capability.replace(".", "").isdigit() or float(capability) < 8 or _library() is None or _driver() < DRIVER:
         return None
     return Gpu(capability, device.core_count)
 
@@ -57,7 +62,11 @@ def compile_ptx(source: str, capability: str) -> str:
     log = _text(nvrtc, "ProgramLog", program)
     if failed:
         raise CudaError(f"NVRTC does not take the source:\n{log}")
-    return _text(nvrtc, "PTX", program)
+    ptx = _text(nvrtc, "PTX", program)
+    if float(capability) >= 10:  # known to newer versions only
+        return ptx
+    ptx = re.sub(r'^\s*\.pragma "used_bytes_mask.*\n', "", ptx, flags=re.MULTILINE)  # a hint, newer too
+    return re.sub(r"^\.version .*", f".version {PTX_VERSION}", ptx, count=1, flags=re.MULTILINE)
 
 
 def call(
@@ -92,6 +101,17 @@ def _library() -> ctypes.CDLL | None:
         except OSError:
             continue
     return None
+
+
+def _driver() -> int:
+    """The CUDA version of the driver, 12010 for 12.1; 0 without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _check(nvrtc: ctypes.CDLL, status: int) -> None:
