@@ -7,13 +7,12 @@ the dispatches so far have fed, so every process decides alike and dispatches ah
 import bisect
 import heapq
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.sequence import Ahead, DecodeBlock, PrefillRow, PrefillTick, Sequence, State
-
-TICK_TOKENS = 256  # what a prefill tick costs beside its tokens, in tokens: reading the weights, launches
+from jaxinfer.engine.shapes import cost, row_buckets, taken
+from jaxinfer.engine.shard import Shard, arrival, discard
 
 
 @dataclass(frozen=True)
@@ -65,68 +64,6 @@ class Bubble:
         return self.idle / self.total if self.total else 0.0
 
 
-def row_buckets(rows: int) -> tuple[int, ...]:
-    """Rows per microbatch that decode programs are compiled for: 1, 4, 16, ... up to `rows`."""
-    buckets = [1]
-    while buckets[-1] < rows:
-        buckets.append(min(4 * buckets[-1], rows))
-    return tuple(buckets)
-
-
-def _cost(shape: tuple[int, int]) -> int:
-    return shape[0] * shape[1] + TICK_TOKENS
-
-
-def _taken(left: Iterable[int], shape: tuple[int, int]) -> list[int]:
-    """Of sequences with so many tokens left, in order, what a shard's rows of this shape take: each sequence as many
-    rows as it fills, until there are no more."""
-    (rows, chunk), taken = shape, []
-    for tokens in left:
-        if not rows:
-            break
-        used = min(rows, -(-tokens // chunk))
-        taken.append(min(tokens, used * chunk))
-        rows -= used
-    return taken
-
-
-def _arrival(seq: Sequence) -> int:
-    return seq.arrival
-
-
-def _discard(ordered: list[Sequence], seq: Sequence) -> bool:
-    """Takes seq out of a list that is sorted by arrival; says whether it was there."""
-    at = bisect.bisect_left(ordered, seq.arrival, key=_arrival)
-    found = at < len(ordered) and ordered[at] is seq
-    if found:
-        del ordered[at]
-    return found
-
-
-@dataclass(eq=False)
-class _Shard:
-    pages: PageAllocator
-    free_rows: list[list[int]]  # per microbatch, a heap
-    last_epochs: list[int]  # per slot, of its owner in the last decode block
-    residents: list[Sequence] = field(default_factory=list)  # hold a slot, by arrival
-    filling: list[Sequence] = field(default_factory=list)  # those with chunks still to enter, by arrival
-    reserve: int = 0  # pages that the residents may ask for in their next block
-
-    @property
-    def free_slots(self) -> int:
-        return sum(map(len, self.free_rows))
-
-    def take_slot(self) -> int:
-        """The lowest free row of the emptiest microbatch: passes are spread over the stages evenly."""
-        microbatch = max(range(len(self.free_rows)), key=lambda m: len(self.free_rows[m]))
-        rows = len(self.last_epochs) // len(self.free_rows)
-        return microbatch * rows + heapq.heappop(self.free_rows[microbatch])
-
-    def return_slot(self, slot: int) -> None:
-        microbatch, row = divmod(slot, len(self.last_epochs) // len(self.free_rows))
-        heapq.heappush(self.free_rows[microbatch], row)
-
-
 class Scheduler:
     """Continuous batching over a pipeline of S stages, with paged caches.
 
@@ -144,7 +81,7 @@ class Scheduler:
         self.prefill_bubble = Bubble()
         self.steady_bubble = Bubble()  # decode blocks that enter and leave with every microbatch of every shard running
         self._shards = [
-            _Shard(
+            Shard(
                 PageAllocator(config.pages),
                 [list(range(config.rows)) for _ in range(config.stages)],
                 [0] * config.slots,
@@ -276,9 +213,9 @@ class Scheduler:
         left = [[seq, len(seq.tokens)] for seq in waiting[:: config.shards]]  # of the first shard, as of the others
         while left:
             shape = self._best_shape([[tokens for _, tokens in left]])
-            taken = _taken([tokens for _, tokens in left], shape)
-            prefills.append((shape, max(len(seq.tokens) for seq, _ in left[: len(taken)])))
-            for row, tokens in zip(left, taken, strict=False):
+            entering = taken([tokens for _, tokens in left], shape)
+            prefills.append((shape, max(len(seq.tokens) for seq, _ in left[: len(entering)])))
+            for row, tokens in zip(left, entering, strict=False):
                 row[1] -= tokens
             left = [row for row in left if row[1]]
         decoding = [seq for seq in waiting if seq.limit > len(seq.tokens)]
@@ -357,8 +294,8 @@ class Scheduler:
             seq.pages = shard.pages.allocate(pages)
             seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False
             shard.reserve += needed - pages
-            bisect.insort(shard.residents, seq, key=_arrival)
-            bisect.insort(shard.filling, seq, key=_arrival)
+            bisect.insort(shard.residents, seq, key=arrival)
+            bisect.insort(shard.filling, seq, key=arrival)
 
     def _release(self, seq: Sequence) -> None:
         """Frees slot and pages. Its rows in the pipelines are stale from here on, known by their epoch."""
@@ -366,8 +303,8 @@ class Scheduler:
         shard.reserve -= self._growth(seq, len(seq.pages))
         shard.pages.free(seq.pages)
         shard.return_slot(seq.slot)
-        _discard(shard.residents, seq)
-        _discard(shard.filling, seq)
+        discard(shard.residents, seq)
+        discard(shard.filling, seq)
         seq.epoch, seq.shard, seq.slot, seq.pages, seq.in_flight = 0, -1, -1, (), False
 
     def _growth(self, seq: Sequence, pages: int) -> int:
@@ -443,8 +380,8 @@ class Scheduler:
         best = self._best_shape(left)
         if not ticks_to_empty or best == self._shape:
             return best
-        new, now = (sum(sum(_taken(each, shape)) for each in left) for shape in (best, self._shape))
-        new_cost, now_cost, tokens = _cost(best), _cost(self._shape), sum(map(sum, left))
+        new, now = (sum(sum(taken(each, shape)) for each in left) for shape in (best, self._shape))
+        new_cost, now_cost, tokens = cost(best), cost(self._shape), sum(map(sum, left))
         pays = ticks_to_empty * now_cost * now * new + tokens * new_cost * now < tokens * now_cost * new
         return best if pays else self._shape
 
@@ -452,8 +389,8 @@ class Scheduler:
         """The shape that takes the most tokens for its cost, ties to more tokens, then to the longer chunk."""
 
         def worth(shape):
-            tokens = sum(sum(_taken(each, shape)) for each in left)
-            return tokens / _cost(shape), tokens, shape[1]
+            tokens = sum(sum(taken(each, shape)) for each in left)
+            return tokens / cost(shape), tokens, shape[1]
 
         return max(self.config.prefill_shapes, key=worth)
 
@@ -461,7 +398,7 @@ class Scheduler:
         entering = self._empty_rows()
         for shard, left, rows in zip(self._shards, self._left(), entering, strict=True):
             r = 0
-            for seq, tokens in zip(shard.filling, _taken(left, self._shape), strict=False):
+            for seq, tokens in zip(shard.filling, taken(left, self._shape), strict=False):
                 end = seq.prefilled + tokens
                 while seq.prefilled < end:
                     count = min(self._shape[1], end - seq.prefilled)
@@ -554,7 +491,7 @@ class Scheduler:
         self._fresh = False
         return rows
 
-    def _grow(self, shard: _Shard) -> None:
+    def _grow(self, shard: Shard) -> None:
         """Gives each decoding row, in order of arrival, the pages of its next K tokens; the latest arrivals pay."""
         config, at = self.config, 0
         while at < len(shard.residents):

@@ -1,0 +1,31 @@
+"""The sizes that programs come in: rows of decode blocks, and what a prefill tick of some shape takes and costs."""
+
+from collections.abc import Iterable
+
+TICK_TOKENS = 256  # what a prefill tick costs beside its tokens, in tokens: reading the weights, launches
+
+
+def row_buckets(rows: int) -> tuple[int, ...]:
+    """Rows per microbatch that decode programs are compiled for: 1, 4, 16, ... up to `rows`."""
+    buckets = [1]
+    while buckets[-1] < rows:
+        buckets.append(min(4 * buckets[-1], rows))
+    return tuple(buckets)
+
+
+def cost(shape: tuple[int, int]) -> int:
+    """Of a prefill tick of (rows, tokens per row), in tokens."""
+    return shape[0] * shape[1] + TICK_TOKENS
+
+
+def taken(left: Iterable[int], shape: tuple[int, int]) -> list[int]:
+    """Of sequences with so many tokens left, in order, what a shard's rows of this shape take: each sequence as many
+    rows as it fills, until there are no more."""
+    (rows, chunk), found = shape, []
+    for tokens in left:
+        if not rows:
+            break
+        used = min(rows, -(-tokens // chunk))
+        found.append(min(tokens, used * chunk))
+        rows -= used
+    return found
