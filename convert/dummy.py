@@ -9,8 +9,7 @@ from convert import VERSION
 from convert.plan import DTYPES
 from convert.tensor import ConvertError
 from jaxinfer.checkpoint.manifest import Manifest, write_manifest
-from jaxinfer.models.config import from_hf
-from jaxinfer.models.leaves import leaves
+from jaxinfer.models.families import from_hf, leaves
 
 
 def write_dummy(hf_config: Mapping[str, Any], folder: str | Path, dtype: str = "bfloat16") -> Manifest:

@@ -1,30 +1,28 @@
-"""One tensor into one leaf: cast and compared in blocks, so that only the leaf itself is held whole."""
+"""One tensor: read and cast in blocks, compared bit for bit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-from convert.llama import Target
 from convert.tensor import ConvertError, SourceTensor, blocks
 from jaxinfer.checkpoint.reader import DTYPES
 
 Told = Callable[[int], object]
 
 
-def read_leaf(tensor: SourceTensor, target: Target, dtype: str, told: Told = lambda size: None) -> np.ndarray:
-    """The leaf as an array of `dtype`; `told` hears the source bytes of each block."""
-    leaf = np.empty(target.spec.shape, DTYPES[dtype])
-    flat = _bits(leaf).reshape(target.source_shape)
-    for start, block in _cast_blocks(tensor, dtype, told):
-        flat[start : start + len(block)] = block
-    return leaf
+def read_tensor(tensor: SourceTensor, dtype: str, told: Told = lambda size: None) -> np.ndarray:
+    """The whole tensor as an array of `dtype`; `told` hears the source bytes of each block."""
+    whole = np.empty(tensor.shape, DTYPES[dtype])
+    bits = _bits(whole)
+    for start, block in blocks(tensor):
+        bits[start : start + len(block)] = _bits(_cast(block, dtype, tensor))
+        told(block.nbytes)
+    return whole
 
 
-def same_as_source(leaf: np.ndarray, tensor: SourceTensor, target: Target, told: Told = lambda size: None) -> bool:
-    """Whether the leaf holds the tensor, bit for bit after the cast to the leaf's dtype."""
-    flat = _bits(leaf).reshape(target.source_shape)
-    blocks_of = _cast_blocks(tensor, leaf.dtype.name, told)
-    return all(np.array_equal(flat[start : start + len(block)], block) for start, block in blocks_of)
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays of one dtype hold the same numbers, NaN and all."""
+    return np.array_equal(_bits(one), _bits(other))
 
 
 def same_tensors(one: SourceTensor, other: SourceTensor) -> bool:
@@ -38,12 +36,6 @@ def same_tensors(one: SourceTensor, other: SourceTensor) -> bool:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
-
-
-def _cast_blocks(tensor: SourceTensor, dtype: str, told: Told) -> Iterator[tuple[int, np.ndarray]]:
-    for start, block in blocks(tensor):
-        yield start, _bits(_cast(block, dtype, tensor))
-        told(block.nbytes)
 
 
 def _cast(block: np.ndarray, dtype: str, tensor: SourceTensor) -> np.ndarray:

@@ -1,15 +1,17 @@
-"""What a conversion will do, checked before anything is written: every tensor has its leaf, every leaf its tensor."""
+"""What a conversion will do, checked before anything is written: every tensor has its leaves, every leaf its tensor."""
 
+from convert.families import names
 from convert.leaf import same_tensors
-from convert.llama import IGNORED, Target, targets
 from convert.source import Source
+from convert.target import HEAD, Names, Target
 from convert.tensor import DTYPES as SOURCE_DTYPES
 from convert.tensor import ConvertError, SourceTensor
+from jaxinfer.models.families import leaves
 
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DTYPES = tuple(_NAMES.values())
 
-Plan = list[tuple[SourceTensor, Target]]
+Plan = list[tuple[SourceTensor, tuple[Target, ...]]]
 
 
 def make_plan(source: Source) -> Plan:
@@ -19,23 +21,39 @@ def make_plan(source: Source) -> Plan:
       ConvertError: lists every tensor that is missing, unknown, of another shape than the config says or of a dtype
         that is not floating point; or a tied model whose head differs from its embedding.
     """
-    table, tensors = targets(source.config), source.tensors
-    tied_head = "lm_head.weight" if source.config.tied and "lm_head.weight" in tensors else None
+    known = names(source.config)
+    table, tensors = known.targets(leaves(source.config)), _prefixed(source, known)
+    tied_head = tensors.get(HEAD) if source.config.tied else None
     wrong = [f"{name}: missing" for name in table if name not in tensors]
     for name, tensor in tensors.items():
         if name in table:
-            wrong += _misfit(tensor, table[name])
-        elif name != tied_head and not name.endswith(IGNORED):
-            wrong.append(f"{name}: in {tensor.path.name}, but {source.config.architecture} has no such tensor")
+            wrong += _misfit(tensor, table[name][0])
+        elif tensor is not tied_head and not name.endswith(known.ignored):
+            wrong.append(f"{tensor.name}: in {tensor.path.name}, but {source.config.architecture} has no such tensor")
     if wrong:
         raise ConvertError(f"{source.folder}: {len(wrong)} tensors do not fit config.json:\n  " + "\n  ".join(wrong))
-    if tied_head and not same_tensors(tensors[tied_head], tensors["model.embed_tokens.weight"]):
+    embed = next(name for name, targets in table.items() if targets[0].leaf == "embed")
+    if tied_head is not None and not same_tensors(tied_head, tensors[embed]):
         raise ConvertError(
-            f"{tensors[tied_head].path}: tie_word_embeddings is true in config.json, but lm_head.weight differs from "
-            f"model.embed_tokens.weight: one of the two is wrong"
+            f"{tied_head.path}: tie_word_embeddings is true in config.json, but {HEAD} differs from "
+            f"{embed}: one of the two is wrong"
         )
-    plan = [(tensors[name], target) for name, target in table.items()]
+    plan = [(tensors[name], targets) for name, targets in table.items()]
     return sorted(plan, key=lambda each: (each[0].path, each[0].offset))
+
+
+def _prefixed(source: Source, known: Names) -> dict[str, SourceTensor]:
+    """The tensors by their full names: files of the bare model, without its head, leave the prefix out."""
+    found: dict[str, SourceTensor] = {}
+    twice = []
+    for name, tensor in source.tensors.items():
+        full = name if name == HEAD or name.startswith(known.prefix) else known.prefix + name
+        if full in found:
+            twice.append(f"{found[full].name} (in {found[full].path.name}) and {name} (in {tensor.path.name})")
+        found[full] = tensor
+    if twice:
+        raise ConvertError(f"{source.folder}: tensors that are there twice: {'; '.join(twice)}")
+    return found
 
 
 def _misfit(tensor: SourceTensor, target: Target) -> list[str]:

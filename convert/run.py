@@ -11,16 +11,18 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from convert import VERSION
 from convert.hashing import hashed_ahead, intact, sha256
 from convert.journal import NAME as JOURNAL
 from convert.journal import Journal
-from convert.leaf import read_leaf, same_as_source
+from convert.leaf import Told, read_tensor, same_bits
 from convert.plan import DTYPES, Plan, make_plan, source_dtype
 from convert.source import Source, open_source
-from convert.tensor import ConvertError
+from convert.target import Target
+from convert.tensor import ConvertError, SourceTensor
 from jaxinfer.checkpoint import reader
 from jaxinfer.checkpoint.files import sync_folder, write_whole
 from jaxinfer.checkpoint.manifest import NAME as MANIFEST
@@ -125,15 +127,28 @@ def _write_leaves(source: Source, plan: Plan, output: Path, dtype: str, journal:
     with _bar(total, "hash and convert", quiet) as bar:
         for path, found in hashed_ahead(source.weights, bar.update):
             journal.source(path.name, found)
-            for tensor, target in by_file.get(path, ()):
-                if target.leaf in journal.leaves and intact(output, journal.leaves[target.leaf]):
-                    bar.update(tensor.nbytes)
-                    continue
-                # no name for the leaf: it must be gone before the next one is made
-                files = write_leaf(
-                    params, target.leaf, read_leaf(tensor, target, dtype, bar.update), _chunks(target.spec)
-                )
-                journal.leaf(target.leaf, files)
+            for tensor, targets in by_file.get(path, ()):
+                _write_tensor(tensor, targets, output, dtype, journal, bar.update)
+
+
+def _write_tensor(
+    tensor: SourceTensor, targets: tuple[Target, ...], output: Path, dtype: str, journal: Journal, told: Told
+) -> None:
+    missing = [
+        each for each in targets if each.leaf not in journal.leaves or not intact(output, journal.leaves[each.leaf])
+    ]
+    if not missing:
+        told(tensor.nbytes)
+        return
+    whole = read_tensor(tensor, dtype, told)
+    for target in missing:
+        # no name for the leaf: it must be gone before the next one is made
+        files = write_leaf(output / PARAMS, target.leaf, np.ascontiguousarray(target.take(whole)), _chunks(target.spec))
+        journal.leaf(target.leaf, files)
+
+
+def _targets(plan: Plan) -> Iterator[Target]:
+    return (target for _, targets in plan for target in targets)
 
 
 def _chunks(spec: Any) -> tuple[int, ...]:
@@ -143,7 +158,7 @@ def _chunks(spec: Any) -> tuple[int, ...]:
 def _check_space(plan: Plan, output: Path, dtype: str, journal: Journal) -> None:
     item = reader.DTYPES[dtype].itemsize
     need = 0
-    for _, target in plan:
+    for target in _targets(plan):
         if target.leaf not in journal.leaves:
             chunks = _chunks(target.spec)
             need += prod(ceil(size / chunk) * chunk for size, chunk in zip(target.spec.shape, chunks)) * item
@@ -153,7 +168,7 @@ def _check_space(plan: Plan, output: Path, dtype: str, journal: Journal) -> None
 
 
 def _manifest(source: Source, plan: Plan, dtype: str, journal: Journal) -> Manifest:
-    specs = {target.leaf: target.spec for _, target in plan}
+    specs = {target.leaf: target.spec for target in _targets(plan)}
     return Manifest(
         model=source.config.to_json(),
         dtype=dtype,
@@ -174,10 +189,12 @@ def _verify(plan: Plan, output: Path, manifest: Manifest, quiet: bool) -> None:
     checkpoint = reader.Reader(output, manifest)
     different = []
     with _bar(sum(tensor.nbytes for tensor, _ in plan), "verify", quiet) as bar:
-        for tensor, target in plan:
-            everything = (slice(None),) * len(target.spec.shape)
-            if not same_as_source(checkpoint.read(target.leaf, everything), tensor, target, bar.update):
-                different.append(f"{tensor.name} ({target.leaf})")
+        for tensor, targets in plan:
+            whole = read_tensor(tensor, manifest.dtype, bar.update)
+            for target in targets:
+                found = checkpoint.read(target.leaf, (slice(None),) * len(target.spec.shape))
+                if not same_bits(found, target.take(whole)):
+                    different.append(f"{tensor.name} ({target.leaf})")
     if different:
         raise ConvertError(
             f"{output}: {len(different)} tensors differ from the source: {', '.join(different)}; "

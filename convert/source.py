@@ -9,7 +9,8 @@ from typing import Any
 from convert.safetensors_reader import open_safetensors
 from convert.tensor import ConvertError, SourceTensor, refuse_lfs_pointer
 from convert.torch_reader import open_torch
-from jaxinfer.models.config import ConfigError, ModelConfig, from_hf
+from jaxinfer.models.config import ConfigError, ModelConfig
+from jaxinfer.models.families import from_hf
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")

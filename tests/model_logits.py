@@ -5,15 +5,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from convert.run import convert
+from hf_models import make_hf_folder
 from jaxinfer.checkpoint.load import load
+from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.engine.forward import Decoder
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.parallel import collectives
 from jaxinfer.parallel.mesh import make_mesh, mesh_sizes, parse_mesh
 from jaxinfer.parallel.placement import Parameter, Rules, local_size, partition_spec
 from jaxinfer.parallel.stages import balance
+
+TOLERANCE = 2e-4
+VOCABULARY = 131  # prime: no mesh divides it
+TOKENS = 70
 
 
 def logits(reader, model, tokens, mesh="", stage_layers=None, chunks=None, page_size=16, dtype=np.float32):
@@ -46,8 +55,8 @@ def logits(reader, model, tokens, mesh="", stage_layers=None, chunks=None, page_
     def run(params, pools, tokens, start):
         with jax.default_matmul_precision("highest"):
             ends = decoder.ends(params["ends"])
-            x = ends.embedding(tokens)[None]
             positions = start + jnp.arange(tokens.shape[0])[None]
+            x = ends.embedding(tokens, positions[0])[None]
             stage = jax.lax.axis_index("stage")
             for turn in range(stages):  # each stage in its turn; the others' passes write to the null page
                 at = jnp.where(stage == turn, positions, -1)
@@ -63,3 +72,22 @@ def logits(reader, model, tokens, mesh="", stage_layers=None, chunks=None, page_
         out.append(np.asarray(part)[:, : model.vocab_size])
         start += size
     return np.concatenate(out)
+
+
+def compare(
+    tmp_path, family="llama", mesh="", tokens=TOKENS, chunks=None, stage_layers=None, page_size=16, **overrides
+):
+    """Logits of a tiny random model of a family (hf_models.py) against transformers', in float32, within TOLERANCE.
+
+    overrides: fields of its config."""
+    overrides = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128} | overrides
+    model = make_hf_folder(tmp_path / "hf", family, attn_implementation="eager", **overrides)
+    convert(tmp_path / "hf", tmp_path / "ckpt")
+    prompt = np.random.default_rng(1).integers(0, VOCABULARY, tokens)
+    with torch.no_grad():
+        expected = model(torch.tensor(prompt)[None]).logits[0].numpy()
+    reader = Reader(tmp_path / "ckpt")
+    config = ModelConfig.from_json(reader.manifest.model)
+    found = logits(reader, config, prompt, mesh, stage_layers, chunks, page_size)
+    assert np.abs(expected).max() > 0.5, "a model that says nothing proves nothing"
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)

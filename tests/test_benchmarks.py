@@ -15,7 +15,7 @@ from benchmarks.long_context import slope
 from benchmarks.report import Row, with_goals, write
 from benchmarks.shapes import NAMES, hf_config, model_config, random_prompts
 from benchmarks.throughput import lengths
-from jaxinfer.models.config import from_hf
+from jaxinfer.models.families import from_hf
 from jaxinfer.parallel.mesh import parse_mesh
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
-from convert.llama import targets
+from convert.families import targets
 from convert.plan import make_plan
 from convert.run import convert
 from convert.safetensors_reader import open_safetensors
@@ -31,7 +31,8 @@ from hf_models import make_hf_folder
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.checkpoint.reader import Reader
-from jaxinfer.models.config import ConfigError, ModelConfig, from_hf
+from jaxinfer.models.config import ConfigError, ModelConfig
+from jaxinfer.models.families import from_hf
 
 ROOT = Path(__file__).parent.parent
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -783,7 +784,7 @@ def _synthetic(folder, sizes, shards):
     hf = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 16, "max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(hf | {"rms_norm_eps": 1e-6} | sizes))
     table = [
-        (name, target.source_shape) for name, target in targets(from_hf(hf | {"rms_norm_eps": 1e-6} | sizes)).items()
+        (name, each[0].source_shape) for name, each in targets(from_hf(hf | {"rms_norm_eps": 1e-6} | sizes)).items()
     ]
     rng, mapping, largest, total = np.random.default_rng(0), {}, 0, 0
     for shard in range(shards):

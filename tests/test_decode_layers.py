@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.models.llama import ACTIVATIONS
+from jaxinfer.models.block import ACTIVATIONS
 from jaxinfer.ops import cuda
 from jaxinfer.ops.attention import paged_attention, write_pages
 from jaxinfer.ops.decode_layers import Sizes, _source, decode_layers, fits

@@ -1,18 +1,8 @@
 """Logits of converted checkpoints against transformers in float32: every variant of the family, cut in every way."""
 
-import numpy as np
 import pytest
-import torch
 
-from convert.run import convert
-from hf_models import make_hf_folder
-from jaxinfer.checkpoint.reader import Reader
-from jaxinfer.models.config import ModelConfig
-from model_logits import logits
-
-TOLERANCE = 2e-4
-VOCABULARY = 131  # prime: no mesh divides it
-TOKENS = 70
+from model_logits import compare
 
 ROPES = {
     "linear": {"factor": 2.0},
@@ -39,22 +29,6 @@ ROPES = {
         "original_max_position_embeddings": 32,
     },
 }
-
-
-def compare(
-    tmp_path, family="llama", mesh="", tokens=TOKENS, chunks=None, stage_layers=None, page_size=16, **overrides
-):
-    overrides = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128} | overrides
-    model = make_hf_folder(tmp_path / "hf", family, attn_implementation="eager", **overrides)
-    convert(tmp_path / "hf", tmp_path / "ckpt")
-    prompt = np.random.default_rng(1).integers(0, VOCABULARY, tokens)
-    with torch.no_grad():
-        expected = model(torch.tensor(prompt)[None]).logits[0].numpy()
-    reader = Reader(tmp_path / "ckpt")
-    config = ModelConfig.from_json(reader.manifest.model)
-    found = logits(reader, config, prompt, mesh, stage_layers, chunks, page_size)
-    assert np.abs(expected).max() > 0.5, "a model that says nothing proves nothing"
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from jaxinfer.models.config import ConfigError, ModelConfig, from_hf
-from jaxinfer.models.leaves import leaves
+from jaxinfer.models.config import ConfigError, ModelConfig
+from jaxinfer.models.families import from_hf, leaves
 from jaxinfer.ops.rope import angles
 
 BASE = {

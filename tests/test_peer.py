@@ -16,7 +16,7 @@ from jaxinfer.engine.emit import Features
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.programs import Program, Programs
-from jaxinfer.models.config import from_hf
+from jaxinfer.models.families import from_hf
 from jaxinfer.parallel import all_reduce, peer
 from jaxinfer.parallel.mesh import make_mesh, parse_mesh
 from jaxinfer.parallel.placement import Rules

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.models.llama import Ends
+from jaxinfer.models.ends import Ends
 from jaxinfer.ops.sampling import SamplingArrays, adjust, select, token_logprobs
 from jaxinfer.parallel import collectives
 

@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfer.models import llama
+from jaxinfer.models.block import Ops as LayerOps
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.llama import Ends, Layer
-from jaxinfer.ops import rope
+from jaxinfer.models.ends import Ends
+from jaxinfer.models.families import leaves
+from jaxinfer.models.layers import layer_class
+from jaxinfer.ops import alibi, rope
 from jaxinfer.ops.add_norm import add_rms_norm
 from jaxinfer.ops.attention import paged_attention, rotate_and_write
 from jaxinfer.ops.cuda import Gpu
@@ -59,7 +63,9 @@ class Decoder:
 
     @cached_property
     def _described(self) -> tuple[Any, list[Any]]:
-        return nnx.split(Ends(self.config)), [nnx.split(Layer(self.config, layers)) for layers in self.slots]
+        table, layer = leaves(self.config), layer_class(self.config)
+        ends = nnx.split(Ends(self.config, table))
+        return ends, [nnx.split(layer(self.config, table, layers)) for layers in self.slots]
 
     def parameters(self) -> dict[str, Any]:
         """The tree of `Parameter`s that the loader fills with arrays: ``{"ends": {...}, "layers": [{...}, ...]}``."""
@@ -84,10 +90,17 @@ class Decoder:
         Pools are local, [1, 1, P, page_size, K, D] per layer slot. Returns x, and the pools with new keys and values.
         """
         stage = jax.lax.axis_index("stage")
-        cos, sin = rope.angles(self.config.rope, self.config.head_dim, positions, prompt_lengths)
+        config = self.config
+        if config.rope is None:
+            cos, sin = rope.no_angles(config.head_dim, positions)
+        else:
+            cos, sin = rope.angles(config.rope, config.head_dim, positions, prompt_lengths)
         ops = _ops(self.kernels)
         decodes = x.shape[1] == 1
         attention = ops.decode_attention if decodes else ops.prefill_attention
+        scores = {"scale": config.query_scale, "softcap": config.attention_softcap}
+        if config.alibi:  # no kernel knows it
+            attention, scores["slopes"] = paged_attention, alibi.own_slopes(config.num_heads)
         reduce = partial(collectives.tensor_sum, peers=params.get("peers") if decodes else None)
         k_pools, v_pools = list(pools[0]), list(pools[1])
         together = self._together(x, k_pools[0].shape[3])
@@ -110,9 +123,9 @@ class Decoder:
                     q, *pools = ops.rope_and_write(qkv, cos, sin, k_pool[0, 0], v_pool[0, 0], tables, positions)
                     written.extend(pool[None, None] for pool in pools)
                     with jax.named_scope("paged_attention"):
-                        return attention(q, *pools, tables, positions, window)
+                        return attention(q, *pools, tables, positions, window, **scores)
 
-                return *layer(x, delta, attend, ops.add_norm, reduce), *written
+                return *layer(x, delta, LayerOps(attend, ops.add_norm, reduce)), *written
 
             def run_alone(x, k_pool, v_pool, run=run):
                 x, delta, *written = run(x, None, k_pool, v_pool)
@@ -133,9 +146,11 @@ class Decoder:
         """The layers that one launch can do: decoding few rows, without tensor parallelism, slots that no stage leaves
         empty."""
         full = [slot for slot, layers in enumerate(self.slots) if None not in layers]
-        if self.kernels != "on" or self.gpu is None or x.shape[1] > 1 or jax.lax.axis_size("tensor") > 1 or not full:
+        config, alone = self.config, jax.lax.axis_size("tensor") == 1
+        if self.kernels != "on" or self.gpu is None or x.shape[1] > 1 or not alone or not full:
             return None
-        config = self.config
+        if not llama.in_one_launch(config):
+            return None
         biases = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias}
         biases |= {"gate_up_bias": config.mlp_bias, "down_bias": config.mlp_bias}
         sizes = Sizes(

@@ -86,7 +86,7 @@ def decode_block(
         enters = inputs.active[entering] & (position[entering] < inputs.limit[entering])
         flying = flying.at[entering].set(enters)
         with jax.named_scope("embed"):
-            fed = ends.embedding(token[entering], params.get("peers"))[:, None]
+            fed = ends.embedding(token[entering], position[entering], params.get("peers"))[:, None]
         x = jnp.where(stage == 0, fed, x) if stages > 1 else fed
         at = jnp.where(flying[here], position[here], -1)[:, None]
         x, (k, v) = decoder.run_stage(params, (k, v), x, at, inputs.prompt_length[here], inputs.tables[here])
@@ -161,7 +161,7 @@ def prefill_tick(
         counts = count_tokens(counts, entering.slot, jnp.where(at < 0, -1, tokens), prompt, start_column)
 
     with jax.named_scope("embed"):
-        fed = ends.embedding(tokens)
+        fed = ends.embedding(tokens, positions(entering))
     x = jnp.where(stage == 0, fed, state.prefill_x[key][0, 0]) if stages > 1 else fed
     x, (k, v) = decoder.run_stage(params, (state.k, state.v), x, positions(here), here.prompt_length, here.tables)
 

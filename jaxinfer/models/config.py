@@ -1,11 +1,14 @@
-"""What a decoder looks like: read once from a Hugging Face ``config.json``, carried by the checkpoint's manifest."""
+"""What a decoder looks like: read once from a Hugging Face ``config.json``, carried by the checkpoint's manifest.
+
+Here is what the families share; each family's file reads its own fields (`families.from_hf`)."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-LLAMA_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+# what Hugging Face calls the same functions elsewhere
+SAME_ACTIVATION = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
 
 
 class ConfigError(ValueError):
@@ -23,8 +26,25 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA-family decoder. Letters of the shapes: V vocabulary, H width, L layers, N query heads, K KV heads,
-    D head width, F MLP width. ``windows[i]`` is layer i's attention window in tokens, None for all."""
+    """A decoder. Letters of the shapes: V vocabulary, H width, L layers, N query heads, K KV heads, D head width, F MLP
+    width. What is not given is as in LLaMA.
+
+    Attributes:
+      rope: None where positions are told another way, `alibi` or `learned_positions`.
+      windows: layer i's attention window in tokens, None for all.
+      norm: ``rms``, ``rms+1`` (its weights are what is above 1) or ``layer`` (with biases).
+      norm_first: the norms stand before attention and MLP; else after the sum with their outputs, and none at the end.
+      output_norms: attention's and the MLP's outputs are normed too.
+      qk_norm: queries and keys are RMS-normed, head by head, before they are rotated.
+      parallel: attention and MLP work on the same input, and their outputs are added together.
+      parallel_norms: of that input, a norm for both (1), or one each (2).
+      query_scale: factor of the attention scores; None is D ** -0.5.
+      attention_softcap, logit_softcap: c tanh(x / c) of the scores, of the logits.
+      alibi: attention scores grow with the key's position, each head by its own slope.
+      learned_positions: rows of a table of positions; the first `position_offset` of them are not used.
+      embed_scale: factor of the embedded tokens.
+      embed_width: of embedding and head, where matrices lead from there to H and back.
+    """
 
     architecture: str
     vocab_size: int
@@ -36,7 +56,7 @@ class ModelConfig:
     mlp_width: int
     norm_eps: float
     max_context: int
-    rope: RopeConfig
+    rope: RopeConfig | None
     windows: tuple[int | None, ...]
     activation: str = "silu"
     tied: bool = False
@@ -45,6 +65,25 @@ class ModelConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    norm: str = "rms"
+    norm_first: bool = True
+    output_norms: bool = False
+    qk_norm: bool = False
+    parallel: bool = False
+    parallel_norms: int = 1
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    alibi: bool = False
+    learned_positions: int = 0
+    position_offset: int = 0
+    embed_scale: float = 1.0
+    embed_width: int | None = None
+
+    @property
+    def reduces_per_layer(self) -> int:
+        """Sums over ``tensor`` that a layer needs."""
+        return 1 if self.parallel else 2
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,103 +91,73 @@ class ModelConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
         data = dict(data)
-        data["rope"] = RopeConfig(**data["rope"])
+        data["rope"] = data["rope"] and RopeConfig(**data["rope"])
         data["windows"] = tuple(data["windows"])
         data["eos_token_ids"] = tuple(data["eos_token_ids"])
         return cls(**data)
 
 
-def from_hf(hf: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
-    """Reads a Hugging Face ``config.json`` (the transformers 4 and 5 spellings of rope) as transformers would.
-
-    generation: ``generation_config.json``, whose end and start tokens, where given, are the ones that count.
-
-    Raises:
-      ConfigError: an architecture, activation or rope kind that is not supported, a missing field or an illegal value.
-    """
-    architecture = (hf.get("architectures") or ["(none)"])[0]
-    if architecture not in LLAMA_ARCHITECTURES:
-        supported = ", ".join(LLAMA_ARCHITECTURES)
-        raise ConfigError(f"architectures: {architecture!r} is not supported; supported: {supported}")
-    layers, heads, width = (_count(hf, name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    kv_heads = _kv_heads(hf, architecture, heads)
-    activation = hf.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act: {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    if not hf.get("head_dim") and width % heads:
-        raise ConfigError(f"hidden_size: {width} is not a multiple of num_attention_heads {heads}; head_dim is missing")
-    head_dim = hf.get("head_dim") or width // heads
-    if head_dim % 2:
-        raise ConfigError(f"head_dim: {head_dim} is odd; rotary embedding needs an even one")
-    llama_bias = bool(hf.get("attention_bias", False)) and architecture == "LlamaForCausalLM"
-    context = _count(hf, "max_position_embeddings")
-    rope = _rope(hf, head_dim, context)
-    if rope.kind in ("linear", "dynamic", "yarn"):
-        # their factor stretches the trained context, which is what config.json may give as its maximum
-        context = max(context, int(rope.parameters["original_max_position_embeddings"] * rope.parameters["factor"]))
-    special = hf | {name: value for name, value in (generation or {}).items() if value is not None}
-    eos = special.get("eos_token_id")
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=_count(hf, "vocab_size"),
-        hidden_size=width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_width=_count(hf, "intermediate_size"),
-        norm_eps=_number(hf, "rms_norm_eps"),
-        max_context=context,
-        rope=rope,
-        windows=_windows(hf, architecture, layers),
-        activation=activation,
-        tied=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=llama_bias or architecture == "Qwen2ForCausalLM",
-        o_bias=llama_bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)) and architecture == "LlamaForCausalLM",
-        bos_token_id=special.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-    )
-
-
-def _number(values: dict[str, Any], name: str) -> float:
+def number(values: dict[str, Any], name: str) -> float:
+    """Raises ConfigError where the field is absent or not a number above 0."""
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         raise ConfigError(f"{name}: expected a number above 0, found {'nothing' if value is None else repr(value)}")
     return value
 
 
-def _count(hf: dict[str, Any], name: str) -> int:
-    if int(_number(hf, name)) != hf[name]:
+def count(hf: dict[str, Any], name: str) -> int:
+    if int(number(hf, name)) != hf[name]:
         raise ConfigError(f"{name}: expected a whole number, found {hf[name]!r}")
     return int(hf[name])
 
 
-def _kv_heads(hf: dict[str, Any], architecture: str, heads: int) -> int:
-    # null means one per query head; only LLaMA may leave it out (the others' defaults are a 7B model's numbers)
-    if architecture == "LlamaForCausalLM" or "num_key_value_heads" in hf:
-        hf = hf | {"num_key_value_heads": hf.get("num_key_value_heads") or heads}
-    kv_heads = _count(hf, "num_key_value_heads")
+def legal(hf: dict[str, Any], name: str, value: Any, *values: Any) -> None:
+    """Refuses a field (`value` is what its default comes to) whose value is not one of `values`."""
+    if value not in values:
+        raise ConfigError(f"{name}: {value!r} is not supported; supported: {', '.join(map(str, values))}")
+
+
+def activation(name: str, value: str) -> str:
+    value = SAME_ACTIVATION.get(value, value)
+    if value not in ACTIVATIONS:
+        known = ", ".join((*ACTIVATIONS, *SAME_ACTIVATION))
+        raise ConfigError(f"{name}: {value!r} is not supported; supported: {known}")
+    return value
+
+
+def head_width(hf: dict[str, Any], width_field: str, heads_field: str) -> int:
+    """D, given or the width's share of a head; even, since rotation and kernels work on halves."""
+    width, heads = count(hf, width_field), count(hf, heads_field)
+    if not hf.get("head_dim") and width % heads:
+        raise ConfigError(f"{width_field}: {width} is not a multiple of {heads_field} {heads}; head_dim is missing")
+    head_dim = hf.get("head_dim") or width // heads
+    if head_dim % 2:
+        raise ConfigError(f"head_dim: {head_dim} is odd; rotary embedding needs an even one")
+    return head_dim
+
+
+def check_kv_heads(name: str, kv_heads: int, heads_field: str, heads: int) -> int:
     if heads % kv_heads:
-        raise ConfigError(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
+        raise ConfigError(f"{name}: {kv_heads} does not divide {heads_field} {heads}")
     return kv_heads
 
 
-def _windows(hf: dict[str, Any], architecture: str, layers: int) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window", 4096)  # what transformers takes when the field is left out; null is none
-    if architecture == "LlamaForCausalLM" or not window:
-        return (None,) * layers
-    if architecture == "Qwen2ForCausalLM":
-        if not hf.get("use_sliding_window", False):
-            return (None,) * layers
-        kinds = hf.get("layer_types") or [
-            "sliding_attention" if i >= hf.get("max_window_layers", 28) else "full_attention" for i in range(layers)
-        ]
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return (window,) * layers
+def special_tokens(hf: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelConfig`; `generation` is ``generation_config.json``, whose tokens are the ones that count."""
+    special = hf | {name: value for name, value in generation.items() if value is not None}
+    eos = special.get("eos_token_id")
+    ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    return {"bos_token_id": special.get("bos_token_id"), "eos_token_ids": ends}
 
 
-def _rope(hf: dict[str, Any], head_dim: int, context: int) -> RopeConfig:
+def stretched(rope: RopeConfig, context: int) -> int:
+    """The context with the rope's factor, which stretches the trained one: config.json may give that as its maximum."""
+    if rope.kind in ("linear", "dynamic", "yarn"):
+        return max(context, int(rope.parameters["original_max_position_embeddings"] * rope.parameters["factor"]))
+    return context
+
+
+def read_rope(hf: dict[str, Any], head_dim: int, context: int) -> RopeConfig:
     # transformers 5 holds everything in rope_parameters; 4 spread it over rope_theta and rope_scaling ("type" before
     # 4.43). Which wins where a file has both is transformers' choice
     raw = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
@@ -164,12 +173,12 @@ def _rope(hf: dict[str, Any], head_dim: int, context: int) -> RopeConfig:
     # the dynamic kind counts from the context itself; for the others a field outside the dict is the one that counts
     trained = hf.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
     raw["original_max_position_embeddings"] = trained if trained and kind in ("llama3", "yarn", "longrope") else context
-    stretch = context / _number(raw, "original_max_position_embeddings")
+    stretch = context / number(raw, "original_max_position_embeddings")
     if kind == "longrope" or (kind == "yarn" and "factor" in raw):
         raw["factor"] = raw.get("factor") or stretch  # not given: by how much the context grew
     needed = {"default": (), "longrope": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(kind, ("factor",)):
-        _number({f"{kind} rope's {name}": raw.get(name)}, f"{kind} rope's {name}")
+        number({f"{kind} rope's {name}": raw.get(name)}, f"{kind} rope's {name}")
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
         factors = raw.get(name)
         if not isinstance(factors, list) or len(factors) != head_dim // 2:

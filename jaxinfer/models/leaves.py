@@ -1,5 +1,7 @@
-"""What a checkpoint of the LLaMA family holds: every leaf's shape and logical axes, the one place that says so."""
+"""What a checkpoint holds: every leaf's shape and logical axes. Here are the two ends and the words for the layers;
+what a layer is made of is in its family's file."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxinfer.models.config import ModelConfig
@@ -13,8 +15,11 @@ class Leaf:
     axes: tuple[str | None, ...]
 
 
-def leaves(config: ModelConfig) -> dict[str, Leaf]:
-    """Leaf name to `Leaf`, matmul weights as [out, in], as Hugging Face has them."""
+Table = dict[str, Leaf]
+
+
+def shaper(config: ModelConfig) -> Callable[..., Leaf]:
+    """A function from logical axes to the `Leaf` that has them; matmul weights are [out, in], as at Hugging Face."""
     sizes = {
         "vocab": config.vocab_size,
         "embed": config.hidden_size,
@@ -23,31 +28,49 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
         "head_dim": config.head_dim,
         "mlp": config.mlp_width,
     }
+    return lambda *axes: Leaf(tuple(sizes[axis] for axis in axes), axes)
 
-    def leaf(*axes: str) -> Leaf:
-        return Leaf(tuple(sizes[axis] for axis in axes), axes)
 
-    layer = {
-        "input_norm": leaf("embed"),
+def norm_leaves(config: ModelConfig, *names: str) -> Table:
+    """Norms over the width; a layer norm has a bias."""
+    leaf = shaper(config)("embed")
+    table = dict.fromkeys(names, leaf)
+    return table | ({f"{name}_bias": leaf for name in names} if config.norm == "layer" else {})
+
+
+def attention_leaves(config: ModelConfig) -> Table:
+    leaf = shaper(config)
+    table = {
         "q": leaf("heads", "head_dim", "embed"),
         "k": leaf("kv_heads", "head_dim", "embed"),
         "v": leaf("kv_heads", "head_dim", "embed"),
         "o": leaf("embed", "heads", "head_dim"),
-        "post_norm": leaf("embed"),
-        "gate": leaf("mlp", "embed"),
-        "up": leaf("mlp", "embed"),
-        "down": leaf("embed", "mlp"),
     }
+    if config.qk_norm:
+        table |= {"q_norm": leaf("head_dim"), "k_norm": leaf("head_dim")}
     if config.qkv_bias:
-        layer |= {"q_bias": leaf("heads", "head_dim"), "k_bias": leaf("kv_heads", "head_dim")}
-        layer |= {"v_bias": leaf("kv_heads", "head_dim")}
-    if config.o_bias:
-        layer["o_bias"] = leaf("embed")
+        table |= {"q_bias": leaf("heads", "head_dim"), "k_bias": leaf("kv_heads", "head_dim")}
+        table["v_bias"] = leaf("kv_heads", "head_dim")
+    return table | ({"o_bias": leaf("embed")} if config.o_bias else {})
+
+
+def mlp_leaves(config: ModelConfig, *into: str) -> Table:
+    """`into`: the matrices that lead to the MLP's width, ``gate`` and ``up`` or ``up`` alone."""
+    leaf = shaper(config)
+    table = {name: leaf("mlp", "embed") for name in into} | {"down": leaf("embed", "mlp")}
     if config.mlp_bias:
-        layer |= {"gate_bias": leaf("mlp"), "up_bias": leaf("mlp"), "down_bias": leaf("embed")}
-    table = {"embed": leaf("vocab", "embed"), "norm": leaf("embed")}
-    if not config.tied:
-        table["head"] = leaf("vocab", "embed")
-    for index in range(config.num_layers):
-        table |= {f"layers.{index}.{name}": each for name, each in layer.items()}
+        table |= {f"{name}_bias": leaf("mlp") for name in into} | {"down_bias": leaf("embed")}
     return table
+
+
+def end_leaves(config: ModelConfig) -> Table:
+    embed = Leaf((config.vocab_size, config.embed_width or config.hidden_size), ("vocab", "embed"))
+    table = {"embed": embed}
+    if config.learned_positions:
+        table["positions"] = Leaf((config.learned_positions, config.hidden_size), (None, "embed"))
+    if config.embed_width:
+        table["project_in"] = Leaf((config.hidden_size, config.embed_width), ("embed", "embed"))
+        table["project_out"] = Leaf((config.embed_width, config.hidden_size), ("embed", "embed"))
+    if config.norm_first:
+        table |= norm_leaves(config, "norm")
+    return table | ({} if config.tied else {"head": embed})

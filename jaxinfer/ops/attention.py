@@ -6,6 +6,7 @@ it. A block table [B, W] lists the pages of each sequence in order. Positions of
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.ops import alibi
 from jaxinfer.ops.rope import rotate
 
 MASKED = -1e30  # finite: a row without any visible key stays free of NaN
@@ -50,10 +51,15 @@ def paged_attention(
     tables: jax.Array,
     positions: jax.Array,
     window: jax.Array | int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    slopes: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of q [B, T, N, D] over the pages, which hold the queries' own keys already.
 
     A query at position p sees positions max(0, p - window + 1) to p. Queries at -1 give zeros.
+    Scores are q k, plus the key's `alibi.bias` by slopes [N], times scale (by default D ** -0.5), then c tanh(x / c)
+    with the softcap c (Gemma Team, "Gemma 2", 2024, section 2).
     Returns [B, T, N, D] in q's dtype; scores and sums are float32.
     """
     batch, length, heads, width = q.shape
@@ -62,8 +68,13 @@ def paged_attention(
     k = k_pool[tables].reshape(batch, span, kv_heads, width)
     v = v_pool[tables].reshape(batch, span, kv_heads, width)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     at = jnp.arange(span)
+    if slopes is not None:
+        scores = scores + alibi.bias(slopes, at).reshape(kv_heads, -1, 1, span)
+    scores = scores * (width**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     visible = at[None, None] <= positions[:, :, None]
     if window is not None:
         visible &= at[None, None] > positions[:, :, None] - window

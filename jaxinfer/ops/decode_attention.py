@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxinfer.ops.attention import MASKED
-from jaxinfer.ops.tiles import grid, power
+from jaxinfer.ops.tiles import capped, grid, power
 
 WARPS = 4
 PROGRAMS = 2048  # wanted in all: a GPU has some 100 multiprocessors with room for several each
@@ -26,6 +26,8 @@ def decode_attention(
     tables: jax.Array,
     positions: jax.Array,
     window: jax.Array | int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """As `paged_attention`, for q [B, 1, N, D] and positions [B, 1]."""
@@ -35,7 +37,10 @@ def decode_attention(
     splits = min(MOST_SPLITS, power(-(-PROGRAMS // (batch * kv_heads))))
     lengths = positions[:, 0] + 1
     firsts = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
-    kernel = functools.partial(_kernel, group=group, splits=splits, page_size=k_pool.shape[1])
+    scale = width**-0.5 if scale is None else scale
+    kernel = functools.partial(
+        _kernel, group=group, splits=splits, page_size=k_pool.shape[1], scale=scale, softcap=softcap
+    )
     parts = (batch, kv_heads, splits, group)
     if splits == 1:
         out_shape = (jax.ShapeDtypeStruct((*parts, width), q.dtype),)
@@ -61,7 +66,7 @@ def decode_attention(
 
 
 def _kernel(q_ref, k_ref, v_ref, tables_ref, firsts_ref, lengths_ref, out_ref, *rest_refs,
-            group: int, splits: int, page_size: int):  # fmt: skip
+            group: int, splits: int, page_size: int, scale: float, softcap: float | None):  # fmt: skip
     """One sequence, one KV head, one of `splits` parts of its cache: the part's unnormalized output [group, D], the
     largest score [group] and the sum of exponentials [group]. The only part gives the output itself and no more."""
     row, head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -93,7 +98,7 @@ def _kernel(q_ref, k_ref, v_ref, tables_ref, firsts_ref, lengths_ref, out_ref, *
             scores = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1)[None]
         else:
             scores = triton.dot(q, k.T)
-        scores = jnp.where(live[None], scores * width**-0.5, MASKED)
+        scores = jnp.where(live[None], capped(scores * scale, softcap), MASKED)
         new = jnp.maximum(most, scores.max(axis=1))
         weights = jnp.exp(scores - new[:, None])
         kept = jnp.exp(most - new)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxinfer.ops.attention import MASKED
-from jaxinfer.ops.tiles import grid, power
+from jaxinfer.ops.tiles import capped, grid, power
 
 ROWS = {128: 128, 256: 64}  # query rows of a tile, by head width up to
 KEYS = {128: 64, 256: 32}  # cached tokens of a tile
@@ -28,6 +28,8 @@ def prefill_attention(
     tables: jax.Array,
     positions: jax.Array,
     window: jax.Array | int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """As `paged_attention`, where the live positions of a row of [B, T] are consecutive, and all before its -1."""
@@ -39,7 +41,8 @@ def prefill_attention(
     rows = max(DOT_ROWS, min(ROWS[size], power(length * group)))
     keys = max(DOT_ROWS, KEYS[size] * 2 // q.dtype.itemsize)
     warps = WARPS[size] if rows == ROWS[size] else 4
-    kernel = functools.partial(_kernel, rows=rows, keys=keys, windowed=window is not None)
+    scale = width**-0.5 if scale is None else scale
+    kernel = functools.partial(_kernel, rows=rows, keys=keys, windowed=window is not None, scale=scale, softcap=softcap)
     limits = jnp.stack((positions[:, 0], (positions >= 0).sum(axis=1)), axis=1).astype(jnp.int32)
     out = pl.pallas_call(
         kernel,
@@ -59,7 +62,8 @@ def prefill_attention(
     return out.reshape(q.shape)
 
 
-def _kernel(q_ref, k_ref, v_ref, tables_ref, limits_ref, window_ref, out_ref, *, rows: int, keys: int, windowed: bool):
+def _kernel(q_ref, k_ref, v_ref, tables_ref, limits_ref, window_ref, out_ref, *,
+            rows: int, keys: int, windowed: bool, scale: float, softcap: float | None):  # fmt: skip
     """One tile of `rows` query rows of one sequence and one KV head."""
     # the last tokens see the most keys: their tiles start first, so that no long one is left alone at the end
     head, row, tile = pl.program_id(0), pl.program_id(1), pl.num_programs(2) - 1 - pl.program_id(2)
@@ -78,7 +82,8 @@ def _kernel(q_ref, k_ref, v_ref, tables_ref, limits_ref, window_ref, out_ref, *,
     last = jnp.minimum(jax.lax.div(tile * rows + rows - 1, group), count - 1)
     stop = jnp.where(first < count, start + last + 1, 0)
     position = start + token
-    scale = width**-0.5 * math.log2(math.e)
+    # of exp2's exponent; a capped score has been scaled before
+    factor = (scale if softcap is None else 1.0) * math.log2(math.e)
 
     def block(number, carry, masked):
         out, most, total = carry
@@ -93,14 +98,16 @@ def _kernel(q_ref, k_ref, v_ref, tables_ref, limits_ref, window_ref, out_ref, *,
         k = triton.load(k_ref.at[place], mask=there, other=other)
         v = triton.load(v_ref.at[place], mask=there, other=other)
         scores = triton.dot(q, k.T)
+        if softcap is not None:
+            scores = capped(scores * scale, softcap)
         if masked:
             visible = at[None] <= position[:, None]
             if windowed:
                 visible &= at[None] > (position - window)[:, None]
             scores = jnp.where(visible, scores, MASKED)
         new = jnp.maximum(most, scores.max(axis=1))
-        weights = jnp.exp2(scores * scale - (new * scale)[:, None])
-        kept = jnp.exp2((most - new) * scale)
+        weights = jnp.exp2(scores * factor - (new * factor)[:, None])
+        kept = jnp.exp2((most - new) * factor)
         mixed = triton.dot(weights.astype(v.dtype), v)
         return out * kept[:, None] + mixed, new, total * kept + weights.sum(axis=1)
 

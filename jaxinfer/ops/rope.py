@@ -92,6 +92,12 @@ def angles(rope: Rope, width: int, positions: jax.Array, prompt_lengths: jax.Arr
     return jnp.cos(turned) * scale, jnp.sin(turned) * scale
 
 
+def no_angles(width: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines that leave everything as it is, for models that tell positions another way."""
+    shape = (*positions.shape, width // 2)
+    return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [B, T, N, D]: dimension i pairs with i + D/2. The arithmetic is float32, the result x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

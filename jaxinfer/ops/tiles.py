@@ -13,3 +13,8 @@ def grid(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 def power(number: int) -> int:
     """The least power of two that is not below."""
     return 1 << (number - 1).bit_length()
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """c tanh(x / c); written out, since Triton has exp but not everywhere tanh."""
+    return x if cap is None else cap * (1.0 - 2.0 / (jnp.exp(x * (2.0 / cap)) + 1.0))
