@@ -183,7 +183,8 @@ def execute(run: Run) -> int:
     finished = _begin(run, defaults, records)
     todo = [record for record in records if isinstance(record, InputError) or record.id not in finished]
     if any(isinstance(record, InputRecord) for record in todo):
-        _run(run, todo, len(finished))
+        with _memory():
+            _run(run, todo, len(finished))
     else:
         _write_errors(run, todo)
         if finished:
@@ -217,6 +218,8 @@ def _alone(run: Run) -> int:
     try:
         return execute(run)
     except (UserError, OutputError) as error:
+        if isinstance(error, UserError) and error.table:
+            print(error.table, file=sys.stderr)
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -237,11 +240,25 @@ def _usage() -> Iterator[None]:
         name = f"{error.filename}: " if error.filename else ""
         raise UserError(f"{name}{error.strerror or error}") from error
     except (ValueError, ThreadPoolError, ClusterError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error), table=str(getattr(error, "plan", ""))) from error
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """A device that ran out of memory is the user's to mend too, by smaller numbers."""
+    from jaxinfer.engine.memory import OutOfMemory
+
+    try:
+        yield
+    except OutOfMemory as error:
+        raise UserError(str(error), table=str(error.plan)) from error
 
 
 def _join(run: Run) -> None:
     """Starts JAX, with the other processes where there are any."""
+    from jaxinfer.engine.device import claim_memory
+
+    claim_memory()
     if run.args.cpu_devices is not None:
         use_virtual_devices(run.args.cpu_devices)
     if run.launch is not None:
@@ -387,7 +404,8 @@ def _load(run: Run, meanwhile: Callable[[Any], None]) -> Any:
             llm.engine.wait_loaded()
     except UserError as error:
         virtual = jax.default_backend() == "cpu" and args.cpu_devices is None and "devices, found" in str(error)
-        raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}") from error
+        table = error.table if run.first else ""  # the same on all
+        raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}", table) from error
     finally:
         bar.close()
     if shown and len(hosts) > 1:

@@ -12,6 +12,7 @@ from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.cluster.cpu import check_thread_pool, use_virtual_devices
 from jaxinfer.compile_cache import use_compile_cache
 from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.device import claim_memory
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Output, Request, Update
@@ -112,6 +113,7 @@ class LLM:
         config = EngineConfig(mesh=sizes, dtype=dtype, stage_layers=stage_layers, **options)
         if cpu_devices is not None:
             use_virtual_devices(cpu_devices)
+        claim_memory()
         check_thread_pool()
         if warning := use_compile_cache(compile_cache):
             warnings.warn(warning, stacklevel=2)

@@ -18,7 +18,11 @@ FOLLOW_SECONDS = 3.0
 
 
 class UserError(Exception):
-    """What the user can mend: its text is all they need."""
+    """What the user can mend: its text is all they need; `table` are lines to show before it."""
+
+    def __init__(self, text: str, table: str = ""):
+        super().__init__(text)
+        self.table = table
 
 
 def become_worker(monitor: int) -> None:
@@ -39,9 +43,12 @@ def run_worker(work: Callable[[], int], fail: Callable[[str], None], rank: str) 
     """Runs `work` and ends this process with its status, at once: an exit of the interpreter would wait in JAX for
     other processes that may be gone.
 
-    A UserError is told to `fail` alone (process 0 shows it); any other exception, of any thread, is printed, each line
-    with the rank.
+    A UserError is told to `fail` (process 0 shows it), and its table printed; any other exception, of any thread, is
+    printed, each line with the rank.
     """
+
+    def show(lines: list[str]) -> None:
+        sys.stderr.write("".join(f"[{rank}] {line}\n" for line in lines))
 
     def report(error: BaseException) -> None:
         text = " ".join("".join(traceback.format_exception_only(error)).split())
@@ -50,8 +57,7 @@ def run_worker(work: Callable[[], int], fail: Callable[[str], None], rank: str) 
             time.sleep(
                 FOLLOW_SECONDS
             )  # when another rank is to blame, the run ends here and nobody reads this traceback
-        lines = "".join(traceback.format_exception(error)).rstrip().split("\n")
-        sys.stderr.write("".join(f"[{rank}] {line}\n" for line in lines))
+        show("".join(traceback.format_exception(error)).rstrip().split("\n"))
 
     def thread_died(args: threading.ExceptHookArgs) -> None:
         report(args.exc_value or args.exc_type())
@@ -61,6 +67,7 @@ def run_worker(work: Callable[[], int], fail: Callable[[str], None], rank: str) 
     try:
         end(work())
     except UserError as error:
+        show(error.table.splitlines())
         fail(" ".join(str(error).split()))
         end(2)
     except SystemExit as error:

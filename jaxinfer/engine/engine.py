@@ -21,9 +21,11 @@ from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.device import check_dtype, device_memory
 from jaxinfer.engine.emit import Emitted
+from jaxinfer.engine.fit import fit_or_advise
 from jaxinfer.engine.forward import Decoder
-from jaxinfer.engine.memory import choose_batch, choose_chunk, device_limit, plan_memory
+from jaxinfer.engine.memory import explained
 from jaxinfer.engine.request import Request, Stats, Update
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
@@ -31,10 +33,9 @@ from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
 from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence, State
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.ops.cuda import gpu
-from jaxinfer.parallel.mesh import LayoutError, make_mesh, mesh_sizes, parse_mesh
+from jaxinfer.parallel.mesh import make_mesh, mesh_sizes, parse_mesh
 from jaxinfer.parallel.peer import connect
-from jaxinfer.parallel.placement import Rules, check_layout
-from jaxinfer.parallel.stages import balance, check_stage_layers
+from jaxinfer.parallel.placement import Rules
 from jaxinfer.telemetry import ranges
 from jaxinfer.tokenizer import load_tokenizer
 
@@ -64,20 +65,17 @@ class Engine:
         self.model: ModelConfig = ModelConfig.from_json(self.manifest.model)
         self.dtype = jnp.dtype(config.dtype or self.manifest.dtype)
         self.max_context = min(config.max_context or self.model.max_context, self.model.max_context)
-        _check_dtype(self.dtype, jax.local_devices()[0])
+        device, rules = jax.local_devices()[0], Rules()
+        check_dtype(self.dtype, device)
         self.mesh = make_mesh(parse_mesh("") | dict(config.mesh))
-        sizes, rules, model = mesh_sizes(self.mesh), Rules(), self.model
-        check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, rules, sizes)
-        self.stage_layers = config.stage_layers or balance(model.num_layers, sizes["stage"])
-        check_stage_layers(self.stage_layers, model.num_layers, sizes["stage"])
-        device = jax.local_devices()[0]
-        decoder = Decoder(model, self.stage_layers, _kernels(config.kernels, self.dtype, device), gpu(device))
-        limit = min(map(device_limit, jax.local_devices()))
-        where = rules, sizes, self.dtype, self.max_context, limit
-        config = replace(config, kernels="off" if decoder.kernels == "off" else "on")
-        config = replace(config, max_batch=choose_batch(decoder, config, *where))
-        self.config = config = replace(config, prefill_chunk=choose_chunk(decoder, config, *where))
-        self.memory = plan_memory(decoder, config, *where)
+        sizes, model = mesh_sizes(self.mesh), self.model
+        beat("load", 0, True)
+        limit, share = _least_memory()
+        beat("load", 0, False)
+        config = replace(config, memory_fraction=min(config.memory_fraction, share))
+        fitted = fit_or_advise(model, config, sizes, self.dtype, device, self.max_context, limit, gpu(device))
+        decoder, self.config, self.memory = fitted.decoder, fitted.config, fitted.memory
+        config, self.stage_layers = self.config, decoder.stage_layers
         self.stats = Stats()
         self._beat, self.steps = beat, 0
         self.decode_sum = "psum"  # over `tensor`: by which way; with the reason where kernels are on and it is psum
@@ -199,9 +197,10 @@ class Engine:
 
         Raises:
           CheckpointError: they cannot be read.
+          OutOfMemory: a device has less room than planned.
         """
         if self._loading is not None:
-            with self.loading_stops_at_error():
+            with self.loading_stops_at_error(), self._explained("load"):
                 self._runner.begin(self._loading.result())
             self._loading = None
             now = time.perf_counter()
@@ -217,8 +216,15 @@ class Engine:
             self._unwanted.set()
             raise
 
+    def _explained(self, doing: str) -> Any:
+        return explained(self.memory, self.config, doing)
+
     def step(self) -> list[Update]:
-        """Enqueues the next dispatch, then reads the one before: the device works while the host looks at tokens."""
+        """Enqueues the next dispatch, then reads the one before: the device works while the host looks at tokens.
+
+        Raises:
+          OutOfMemory: a device has less room than planned.
+        """
         self.prepare()
         self.wait_loaded()
         dispatch = self.scheduler.schedule()
@@ -228,7 +234,7 @@ class Engine:
             self._count(dispatch)
             self._beat(_phase(dispatch), self.steps, True)
             steps = 1 if isinstance(dispatch, PrefillTick) else self.config.decode_steps
-            with ranges.step(_phase(dispatch), self.steps, steps):
+            with ranges.step(_phase(dispatch), self.steps, steps), self._explained(_phase(dispatch)):
                 result, programs = run(dispatch), self._runner.programs
             self._in_flight.append((dispatch, result, time.perf_counter() - programs.compile_seconds))
             self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
@@ -247,7 +253,8 @@ class Engine:
 
     def _read(self, dispatch: PrefillTick | DecodeBlock, result: Result, dispatched: float) -> list[Update]:
         self._beat(_phase(dispatch), self.steps, True)
-        emitted, scored = result.read()
+        with self._explained(_phase(dispatch)):
+            emitted, scored = result.read()
         self._beat(_phase(dispatch), self.steps, False)
         now = time.perf_counter()
         working = now - self.stats.compile_seconds  # a clock that stands still while programs compile
@@ -343,33 +350,14 @@ class Engine:
         return params
 
 
-def _kernels(wanted: str, dtype: Any, device: jax.Device) -> str:
-    """What `Decoder` takes: Triton needs compute capability 8.0 and multiplies float32 as tf32, which nobody who asked
-    for float32 wants; on a CPU the kernels can only be interpreted."""
-    capability = getattr(device, "compute_capability", "")
-    gpu = capability.replace(".", "").isdigit()
-    able = gpu and float(capability) >= 8
-    if wanted == "on" and gpu and not able:
-        raise LayoutError(
-            f"kernels: on needs compute capability 8.0, {device.device_kind} has {capability}; legal here: auto, off"
-        )
-    if wanted == "off" or (wanted == "auto" and not (able and dtype.itemsize == 2)):
-        return "off"
-    return "on" if able else "interpret"
+def _least_memory() -> tuple[int, float]:
+    """`device_memory` of the device that has least, of all processes: they must decide alike."""
+    found = [tuple(each) for own in everyone([device_memory(device) for device in jax.local_devices()]) for each in own]
+    return min(limit for limit, _ in found), min(share for _, share in found)
 
 
 def _phase(dispatch: PrefillTick | DecodeBlock) -> str:
     return "prefill" if isinstance(dispatch, PrefillTick) else "decode"
-
-
-def _check_dtype(dtype: Any, device: jax.Device) -> None:
-    """T4 and V100 have no bfloat16 units: XLA would emulate it, slowly and without a word."""
-    capability = getattr(device, "compute_capability", "")  # "7.5"; AMD's say gfx90a, the CPU has none
-    if dtype == jnp.bfloat16 and capability.replace(".", "").isdigit() and float(capability) < 8:
-        raise LayoutError(
-            f"dtype: bfloat16 needs a GPU of compute capability 8.0, {device.device_kind} has {capability}; "
-            "legal here: float16, float32"
-        )
 
 
 def _emitted_rows(arrays: Emitted, at: tuple[Any, ...]) -> Emitted:

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
+from jaxinfer.engine.fit import check_model
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.parallel.mesh import LayoutError, choose_mesh
-from jaxinfer.parallel.placement import Rules, check_layout
 
 
 def auto_mesh(model: Mapping[str, Any], hosts: Sequence[str]) -> tuple[dict[str, int], str]:
@@ -17,9 +17,8 @@ def auto_mesh(model: Mapping[str, Any], hosts: Sequence[str]) -> tuple[dict[str,
     per_node = list(Counter(hosts[device.process_index] for device in jax.devices()).values())
 
     def fits(tensor: int) -> bool:
-        dimensions = {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "mlp": config.mlp_width}
         try:
-            check_layout(dimensions, Rules(), {"stage": 1, "data": 1, "tensor": tensor})
+            check_model(config, {"stage": 1, "data": 1, "tensor": tensor})
         except LayoutError:
             return False
         return True

@@ -1,0 +1,142 @@
+"""What a model becomes on a layout of devices, known before anything is allocated; and what would fit instead."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.device import Card, check_dtype, choose_kernels
+from jaxinfer.engine.forward import Decoder
+from jaxinfer.engine.memory import DoesNotFit, MemoryPlan, choose_batch, choose_chunk, plan_memory
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.ops.cuda import Gpu
+from jaxinfer.parallel.mesh import LayoutError, mesh_text
+from jaxinfer.parallel.placement import MeshSizes, Rules, check_layout
+from jaxinfer.parallel.stages import balance, check_stage_layers
+
+MOST_DEVICES, MOST_TENSOR = 256, 8  # that advice looks at
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The decoder, the settings with nothing left open, and the memory of each device."""
+
+    decoder: Decoder
+    config: EngineConfig
+    memory: MemoryPlan
+
+
+def check_model(model: ModelConfig, sizes: MeshSizes) -> None:
+    """Raises:
+    LayoutError: a mesh that cannot cut the model, with every dimension that does not divide.
+    """
+    check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, Rules(), sizes)
+
+
+def fit(
+    model: ModelConfig,
+    config: EngineConfig,
+    sizes: MeshSizes,
+    dtype: Any,
+    device: Card,
+    max_context: int,
+    limit: int,
+    gpu: Gpu | None = None,
+) -> Fitted:
+    """`limit`: bytes of each device, of which `config.memory_fraction` may be filled.
+
+    Raises:
+      LayoutError: a dtype that the device has not, or a mesh or stages that the model cannot have.
+      DoesNotFit: the memory is too small for one context.
+    """
+    dtype, rules = jnp.dtype(dtype), Rules()
+    check_dtype(dtype, device)
+    check_model(model, sizes)
+    stage_layers = config.stage_layers or balance(model.num_layers, sizes["stage"])
+    check_stage_layers(stage_layers, model.num_layers, sizes["stage"])
+    decoder = Decoder(model, stage_layers, choose_kernels(config.kernels, dtype, device), gpu)
+    where = rules, sizes, dtype, max_context, limit
+    config = replace(config, kernels="off" if decoder.kernels == "off" else "on")
+    config = replace(config, max_batch=choose_batch(decoder, config, *where))
+    config = replace(config, prefill_chunk=choose_chunk(decoder, config, *where))
+    return Fitted(decoder, config, plan_memory(decoder, config, *where))
+
+
+def fit_or_advise(model: ModelConfig, config: EngineConfig, sizes: MeshSizes, dtype: Any, *rest: Any) -> Fitted:
+    """The same, and where memory is too small the message ends with what would fit."""
+    try:
+        return fit(model, config, sizes, dtype, *rest)
+    except DoesNotFit as error:
+        found = advice(model, config, sizes, dtype, *rest)
+        raise DoesNotFit(f"{error}. {'Fits: ' + '; '.join(found) if found else NOTHING}", error.plan) from error
+
+
+NOTHING = f"Nothing fits: no smaller setting, and no mesh of up to {MOST_DEVICES} such devices"
+
+
+def advice(
+    model: ModelConfig,
+    config: EngineConfig,
+    sizes: MeshSizes,
+    dtype: Any,
+    device: Card,
+    max_context: int,
+    limit: int,
+    gpu: Gpu | None = None,
+) -> list[str]:
+    """What would fit, each by itself: a smaller batch, a shorter context, a smaller dtype, more devices."""
+    own = sizes, dtype
+
+    def fits(config: EngineConfig, sizes: MeshSizes, dtype: Any, context: int) -> bool:
+        try:
+            fit(model, config, sizes, dtype, device, context, limit, gpu)
+        except LayoutError:
+            return False
+        return True
+
+    if config.pages is not None and fits(replace(config, pages=None), *own, max_context):
+        room = fit(model, replace(config, pages=None), *own, device, max_context, limit, gpu).memory
+        return [f"--pages {(room.cache + room.headroom) // room.page}"]
+    found = []
+    least = replace(config, max_batch=1, prefill_chunk=min(128, config.prefill_chunk or 128), pages=None)
+    smaller = (replace(least, max_batch=batch) for batch in (32, 16, 8, 4, 2, 1) if batch < (config.max_batch or 64))
+    batch = next((each.max_batch for each in smaller if fits(each, *own, max_context)), None)
+    if batch is not None:
+        found.append(f"--max-batch {batch} --prefill-chunk {least.prefill_chunk}")
+    context = _longest(lambda context: fits(least, *own, context), config.page_size, max_context)
+    if batch is None and context:
+        found.append(f"--max-context {context} --max-batch 1 --prefill-chunk {least.prefill_chunk}")
+    if jnp.dtype(dtype).itemsize > 2:
+        small = next((name for name in ("bfloat16", "float16") if fits(config, sizes, name, max_context)), None)
+        found += [f"--dtype {small}"] if small else []
+    stages = config if config.stage_layers is None else replace(config, stage_layers=None)
+    for more in _meshes(model, sizes):
+        if fits(stages, more, dtype, max_context):
+            found.append(f"{more['stage'] * more['data'] * more['tensor']} devices (--mesh {mesh_text(more)})")
+            break
+    return found
+
+
+def _longest(fits: Any, step: int, below: int) -> int:
+    """The longest context, in whole pages, that fits; 0 if none does. What fits less long fits, too."""
+    low, high = 0, below // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
+    return low * step
+
+
+def _meshes(model: ModelConfig, sizes: MeshSizes) -> Iterator[dict[str, int]]:
+    """Legal meshes of more devices per data shard, the fewest first; of as many, the most tensor parallelism."""
+    began = sizes["stage"] * sizes["tensor"]
+    for count in range(began + 1, MOST_DEVICES // sizes["data"] + 1):
+        for tensor in (each for each in range(MOST_TENSOR, 0, -1) if count % each == 0):
+            mesh = {"stage": count // tensor, "data": sizes["data"], "tensor": tensor}
+            try:
+                check_model(model, mesh)
+                balance(model.num_layers, mesh["stage"])
+            except LayoutError:
+                continue
+            yield mesh
