@@ -1,1 +1,1 @@
-"""A file per family: what its ``config.json`` says, and the leaves of its layers. No JAX here: converting needs none."""
+"""A file per family: what its ``config.json`` says, and the leaves of its layers. No JAX: converting needs none."""
