@@ -1,4 +1,4 @@
-"""Models by their shapes: Hugging Face configs in configs/models, and a checkpoint folder of one without weights."""
+"""Models by their shapes: the presets of configs/models, or a ``config.json``."""
 
 import json
 from pathlib import Path
@@ -6,26 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.models.config import ModelConfig, from_hf
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.families import from_hf
+from jaxinfer.presets import load_preset, names
 
-FOLDER = Path(__file__).parents[1] / "configs" / "models"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NAMES = names()
 FIRST_ORDINARY = 3  # below are the start and end tokens of most vocabularies
 
 
 def hf_config(name: str) -> dict[str, Any]:
-    """A name in configs/models, or the path of a ``config.json``.
+    """Of a preset, or of the ``config.json`` with that path.
 
     Raises:
       ValueError: neither, or not JSON.
     """
-    path = FOLDER / f"{name}.json" if name in NAMES else Path(name)
+    if name in NAMES:
+        return load_preset(name).config
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(Path(name).read_bytes())
     except OSError as error:
         raise ValueError(f"model: {name!r}: {error.strerror}; legal: {', '.join(NAMES)}, or a config.json") from error
     except ValueError as error:
-        raise ValueError(f"model: {path} is not JSON: {error}") from error
+        raise ValueError(f"model: {name} is not JSON: {error}") from error
 
 
 def model_config(name: str) -> ModelConfig:
@@ -33,7 +35,9 @@ def model_config(name: str) -> ModelConfig:
 
 
 def dtype_of(name: str) -> str:
-    """The dtype that the config gives (both of its spellings); bfloat16 if none."""
+    """The preset's, or what the ``config.json`` gives (both of its spellings); bfloat16 if nothing."""
+    if name in NAMES:
+        return load_preset(name).dtype
     config = hf_config(name)
     return config.get("dtype") or config.get("torch_dtype") or "bfloat16"
 

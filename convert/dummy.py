@@ -1,15 +1,13 @@
 """A checkpoint without weights, for ``load_format="dummy"``: the shape of a model is all that its speed needs."""
 
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from convert import VERSION
 from convert.plan import DTYPES
 from convert.tensor import ConvertError
 from jaxinfer.checkpoint.manifest import Manifest, write_manifest
-from jaxinfer.models.families import from_hf, leaves
+from jaxinfer.presets import bare_manifest
 
 
 def write_dummy(hf_config: Mapping[str, Any], folder: str | Path, dtype: str = "bfloat16") -> Manifest:
@@ -20,18 +18,7 @@ def write_dummy(hf_config: Mapping[str, Any], folder: str | Path, dtype: str = "
     """
     if dtype not in DTYPES:
         raise ConvertError(f"dtype: {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    model = from_hf(dict(hf_config))
-    manifest = Manifest(
-        model=model.to_json(),
-        dtype=dtype,
-        quantization=None,
-        leaves={},
-        files={},
-        tokenizer=[],
-        sources={},
-        converter=VERSION,
-        parameters=sum(prod(leaf.shape) for leaf in leaves(model).values()),
-    )
+    manifest = bare_manifest(hf_config, dtype)
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_manifest(folder, manifest)
     return manifest

@@ -13,7 +13,7 @@ from benchmarks.draw import DrawError, read
 from benchmarks.limits import Limits
 from benchmarks.long_context import slope
 from benchmarks.report import Row, with_goals, write
-from benchmarks.shapes import NAMES, hf_config, model_config, random_prompts
+from benchmarks.shapes import hf_config, model_config, random_prompts
 from benchmarks.throughput import lengths
 from jaxinfer.models.families import from_hf
 from jaxinfer.parallel.mesh import parse_mesh
@@ -102,11 +102,6 @@ def test_engine_fields():
         "decode_steps": 16,
         "memory_fraction": 0.5,
     }
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_shapes_are_configs_that_run(name):
-    assert model_config(name).num_layers == hf_config(name)["num_hidden_layers"]
 
 
 def test_latency_writes_what_draw_reads(tmp_path):

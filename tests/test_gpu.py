@@ -1,9 +1,7 @@
 """On real GPUs: JAXINFER_TEST_GPU=1 pytest -m gpu."""
 
 import gc
-import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.parallel import all_reduce, peer
 from jaxinfer.parallel.mesh import AXES, make_mesh, parse_mesh
+from jaxinfer.presets import load_preset
 
 pytestmark = pytest.mark.gpu
 
@@ -49,8 +48,7 @@ def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, mesh, batch
     tokens are as good as equal; a row is compared up to its first difference, where both go their own ways."""
     if mesh and jax.device_count() < 2:
         pytest.skip(f"{mesh} needs 2 GPUs")
-    shape = json.loads((Path(__file__).parents[1] / "configs/models/llama-3.1-8b.json").read_text())
-    write_dummy(shape, tmp_path / "ckpt", dtype="bfloat16")
+    write_dummy(load_preset("llama-3.1-8b").config, tmp_path / "ckpt", dtype="bfloat16")
     draw = np.random.default_rng(batch)
     prompts = {str(i): draw.integers(0, 128000, 20 + 40 * i).tolist() for i in range(batch)}
     params = SamplingParams(max_new_tokens=40, ignore_eos=True, logprobs=2)
