@@ -5,13 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 FAMILIES = {
+    "falcon": (FalconConfig, FalconForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
 }
+# what a family calls LLaMA's fields, where transformers does not take LLaMA's names too
+FIELDS = {"falcon": {"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"}}
 
 
 def make_hf_folder(
@@ -27,7 +39,7 @@ def make_hf_folder(
     """Writes a folder with ``config.json`` and weights, without a tokenizer, and returns the torch model in eval mode.
 
     Every parameter is random, norms and biases too, so that a test sees each of them. `format` is ``safetensors`` or
-    ``bin``; shards above `max_shard_size` bytes get an index.
+    ``bin``; shards above `max_shard_size` bytes get an index. Overrides may be in LLaMA's names in all families.
     """
     config_class, model_class = FAMILIES[family]
     sizes: dict[str, Any] = {
@@ -41,14 +53,15 @@ def make_hf_folder(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = config_class(**{**sizes, **config_overrides})
+    renamed = FIELDS.get(family, {})
+    config = config_class(**{renamed.get(name, name): value for name, value in {**sizes, **config_overrides}.items()})
     model = model_class(config).to(getattr(torch, dtype)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.2
-            parameter.copy_(drawn * scale + (1.0 if "norm" in name else 0.0))
+            parameter.copy_(drawn * scale + (1.0 if "norm" in name or "ln_" in name else 0.0))
     model.save_pretrained(path, max_shard_size=max_shard_size)
     if format == "bin":
         _as_bin(Path(path))

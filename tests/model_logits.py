@@ -80,8 +80,8 @@ def compare(
     """Logits of a tiny random model of a family (hf_models.py) against transformers', in float32, within TOLERANCE.
 
     overrides: fields of its config."""
-    overrides = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128} | overrides
-    model = make_hf_folder(tmp_path / "hf", family, attn_implementation="eager", **overrides)
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_position_embeddings": 128}
+    model = make_hf_folder(tmp_path / "hf", family, **sizes | {"attn_implementation": "eager"} | overrides)
     convert(tmp_path / "hf", tmp_path / "ckpt")
     prompt = np.random.default_rng(1).integers(0, VOCABULARY, tokens)
     with torch.no_grad():

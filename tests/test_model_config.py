@@ -198,7 +198,7 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["FalconForCausalLM"]}, "architectures: 'FalconForCausalLM' .*LlamaForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"]}, "architectures: 'BloomForCausalLM' .*LlamaForCausalLM"),
         ({"architectures": None}, r"architectures: '\(none\)'"),
         ({"hidden_act": "swiglu"}, "hidden_act: 'swiglu' .*silu"),
         ({"vocab_size": None}, "vocab_size: .* found nothing"),

@@ -1,11 +1,11 @@
 """The families' tensor names at Hugging Face, a file for each."""
 
-from convert.families import llama
+from convert.families import falcon, gpt2, llama, opt
 from convert.target import Names, Targets
 from jaxinfer.models import families
 from jaxinfer.models.config import ModelConfig
 
-_NAMES = {"llama": llama.names}
+_NAMES = {"falcon": falcon.names, "gpt2": gpt2.names, "llama": llama.names, "opt": opt.names}
 
 
 def names(config: ModelConfig) -> Names:

@@ -4,10 +4,10 @@ from types import ModuleType
 from typing import Any
 
 from jaxinfer.models.config import ConfigError, ModelConfig
-from jaxinfer.models.configs import llama
+from jaxinfer.models.configs import falcon, gpt2, llama, opt
 from jaxinfer.models.leaves import Table, end_leaves
 
-FAMILIES = (llama,)
+FAMILIES = (llama, falcon, gpt2, opt)
 EVO2 = "most layers of Evo2 are convolutions (StripedHyena 2), which jaxinfer cannot run yet"
 
 
@@ -41,6 +41,8 @@ def from_hf(hf: dict[str, Any], generation: dict[str, Any] | None = None) -> Mod
     for name in (architecture, str(hf.get("model_type"))):
         if name.lower().replace("_", "").startswith(("evo2", "stripedhyena")):
             raise ConfigError(f"architectures: {name!r} is not supported: {EVO2}")
+    if architecture == "RWForCausalLM":
+        raise ConfigError(f"architectures: {falcon.OLD}")
     return family(architecture).read(hf, generation or {})
 
 

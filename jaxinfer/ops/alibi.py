@@ -27,6 +27,10 @@ def own_slopes(heads: int) -> jax.Array:
 def bias(slopes: jax.Array, at: jax.Array) -> jax.Array:
     """float32 [N, S] of keys at positions [S]: rising to the newest key is falling with the distance, after softmax.
 
-    Rounded as the models were trained with it, in bfloat16."""
-    low = slopes.astype(jnp.bfloat16)[:, None] * at.astype(jnp.bfloat16)[None]
-    return low.astype(jnp.float32)
+    Rounded as the models were trained with it: slopes, positions and their product each in bfloat16."""
+    return _bfloat16(_bfloat16(slopes)[:, None] * _bfloat16(at.astype(jnp.float32))[None])
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+    # XLA may leave out a conversion to bfloat16 and back (--xla_allow_excess_precision); this it keeps
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
