@@ -33,7 +33,8 @@ class ModelConfig:
       rope: None where positions are told another way, `alibi` or `learned_positions`.
       windows: layer i's attention window in tokens, None for all.
       norm: ``rms``, ``rms+1`` (its weights are what is above 1) or ``layer`` (with biases).
-      norm_first: the norms stand before attention and MLP; else after the sum with their outputs, and none at the end.
+      norm_first: the norms stand before attention and MLP; else after the sum with their outputs.
+      final_norm: there is a norm between the last layer and the head.
       output_norms: attention's and the MLP's outputs are normed too.
       qk_norm: queries and keys are RMS-normed, head by head, before they are rotated.
       parallel: attention and MLP work on the same input, and their outputs are added together.
@@ -67,6 +68,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     norm: str = "rms"
     norm_first: bool = True
+    final_norm: bool = True
     output_norms: bool = False
     qk_norm: bool = False
     parallel: bool = False

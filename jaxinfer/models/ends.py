@@ -47,7 +47,7 @@ class Ends(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, H] to float32 logits [B, V / n] of this device's part of the vocabulary."""
         config = self.config
-        if config.norm_first:
+        if config.final_norm:
             bias = getattr(self, "norm_bias", None)
             x = norm(config.norm, x, self.norm[...], None if bias is None else bias[...], config.norm_eps)
         if config.embed_width:

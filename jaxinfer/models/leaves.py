@@ -71,6 +71,6 @@ def end_leaves(config: ModelConfig) -> Table:
     if config.embed_width:
         table["project_in"] = Leaf((config.hidden_size, config.embed_width), ("embed", "embed"))
         table["project_out"] = Leaf((config.embed_width, config.hidden_size), ("embed", "embed"))
-    if config.norm_first:
+    if config.final_norm:
         table |= norm_leaves(config, "norm")
     return table | ({} if config.tied else {"head": embed})
