@@ -1,12 +1,7 @@
 """The least time that a device could need, from the model's shapes and what the device was measured to do.
 
-Letters: B sequences, S cached tokens of each, L layers, H width, N query heads, K KV heads, D head width, V vocabulary.
-
-- A decode step reads every weight once, except an untied embedding's table (a row per sequence is all it needs), and
-  each cached key and value once: ``weights + B S 2 L K D`` numbers. It multiplies by every matrix: ``2 B weights``
-  floating-point operations, and ``4 B S L N D`` for attention. The floor is the larger of reading and computing.
-- Prefill computes ``2 T`` per weight of the layers' matrices for T prompt tokens, ``4 L N D T (T + 1) / 2`` per prompt
-  for causal attention, and the head for the last token of each prompt alone.
+`jaxinfer/engine/costs.py` counts bytes and floating-point operations. The floor of a decode step is the larger of
+reading and computing; that of prefill is computing.
 
 Over a mesh: ``tensor`` cuts weights, ``data`` and ``stage`` cut the batch, and each microbatch of a pipeline
 reads all weights once, stage by stage: a step of all microbatches takes ``weights / tensor + cache / devices``.
@@ -17,22 +12,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from benchmarks.limits import Limits
+from jaxinfer.engine.costs import cache_numbers, decode_flops, decode_weights, prefill_flops
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.leaves import leaves
-
-
-def parameters(model: ModelConfig) -> int:
-    return sum(prod(leaf.shape) for leaf in leaves(model).values())
-
-
-def decode_weights(model: ModelConfig) -> int:
-    """Numbers that a decode step has to read: all but the table of an untied embedding."""
-    return parameters(model) - (0 if model.tied else model.vocab_size * model.hidden_size)
-
-
-def cache_numbers(model: ModelConfig, cached: float) -> float:
-    """Cached keys and values that the next token of a sequence with `cached` tokens looks at."""
-    return 2 * model.num_kv_heads * model.head_dim * sum(min(cached, window or cached) for window in model.windows)
 
 
 def step_bytes(model: ModelConfig, batch: int, cached: float, item: int) -> float:
@@ -47,21 +28,8 @@ def step_seconds(
     devices = prod(mesh.values())
     weights = item * decode_weights(model) / mesh["tensor"]
     cache = item * batch * cache_numbers(model, cached) / devices
-    groups = model.num_heads / model.num_kv_heads
-    flops = 2 * batch * (decode_weights(model) + groups * cache_numbers(model, cached)) / devices
+    flops = decode_flops(model, batch, cached) / devices
     return max((weights + cache) / limits.copy_bytes_per_s, flops / limits.matmul_flops_per_s)
-
-
-def prefill_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
-    """Floating-point operations until every prompt of `lengths` tokens has its first output token."""
-    matrices = sum(
-        prod(leaf.shape)
-        for name, leaf in leaves(model).items()
-        if name.startswith("layers.") and len(leaf.shape) > 1 and not name.endswith("_bias")
-    )
-    pairs = sum(_pairs(length, window or length) for length in lengths for window in model.windows)
-    attention = 4 * model.num_heads * model.head_dim * pairs
-    return 2 * sum(lengths) * matrices + attention + 2 * len(lengths) * model.hidden_size * model.vocab_size
 
 
 def prefill_seconds(model: ModelConfig, lengths: Sequence[int], limits: Limits, mesh: Mapping[str, int]) -> float:
@@ -85,9 +53,3 @@ def offline_seconds(
     return prefill_seconds(model, lengths, limits, mesh) + steps * step_seconds(
         model, batch, cached, item, limits, mesh
     )
-
-
-def _pairs(length: int, window: int) -> int:
-    """Pairs of a query and a key that it sees."""
-    window = min(length, window)
-    return window * (window + 1) // 2 + (length - window) * window

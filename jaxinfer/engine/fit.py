@@ -1,6 +1,6 @@
 """What a model becomes on a layout of devices, known before anything is allocated; and what would fit instead."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,17 @@ def fit_or_advise(model: ModelConfig, config: EngineConfig, sizes: MeshSizes, dt
 NOTHING = f"Nothing fits: no smaller setting, and no mesh of up to {MOST_DEVICES} such devices"
 
 
-def advice(
+def advice(model: ModelConfig, config: EngineConfig, sizes: MeshSizes, dtype: Any, *rest: Any) -> list[str]:
+    """What would fit, each by itself; the arguments are those of `fit`."""
+    found = smaller(model, config, sizes, dtype, *rest)
+    for more in more_devices(model, sizes):
+        if _fits(model, replace(config, stage_layers=None), more, dtype, *rest):
+            found.append(f"{more['stage'] * more['data'] * more['tensor']} devices (--mesh {mesh_text(more)})")
+            break
+    return found
+
+
+def smaller(
     model: ModelConfig,
     config: EngineConfig,
     sizes: MeshSizes,
@@ -86,49 +96,50 @@ def advice(
     limit: int,
     gpu: Gpu | None = None,
 ) -> list[str]:
-    """What would fit, each by itself: a smaller batch, a shorter context, a smaller dtype, more devices."""
-    own = sizes, dtype
+    """The settings of generate that would fit on the same devices: fewer pages, a smaller batch, a shorter context, a
+    smaller dtype."""
 
-    def fits(config: EngineConfig, sizes: MeshSizes, dtype: Any, context: int) -> bool:
-        try:
-            fit(model, config, sizes, dtype, device, context, limit, gpu)
-        except LayoutError:
-            return False
-        return True
+    def fits(config: EngineConfig, context: int = max_context, dtype: Any = dtype) -> bool:
+        return _fits(model, config, sizes, dtype, device, context, limit, gpu)
 
-    if config.pages is not None and fits(replace(config, pages=None), *own, max_context):
-        room = fit(model, replace(config, pages=None), *own, device, max_context, limit, gpu).memory
+    if config.pages is not None and fits(replace(config, pages=None)):
+        room = fit(model, replace(config, pages=None), sizes, dtype, device, max_context, limit, gpu).memory
         return [f"--pages {(room.cache + room.headroom) // room.page}"]
     found = []
     least = replace(config, max_batch=1, prefill_chunk=min(128, config.prefill_chunk or 128), pages=None)
-    smaller = (replace(least, max_batch=batch) for batch in (32, 16, 8, 4, 2, 1) if batch < (config.max_batch or 64))
-    batch = next((each.max_batch for each in smaller if fits(each, *own, max_context)), None)
+    tried = (replace(least, max_batch=batch) for batch in (32, 16, 8, 4, 2, 1) if batch < (config.max_batch or 64))
+    batch = next((each.max_batch for each in tried if fits(each)), None)
     if batch is not None:
         found.append(f"--max-batch {batch} --prefill-chunk {least.prefill_chunk}")
-    context = _longest(lambda context: fits(least, *own, context), config.page_size, max_context)
-    if batch is None and context:
-        found.append(f"--max-context {context} --max-batch 1 --prefill-chunk {least.prefill_chunk}")
+    else:
+        context = longest(lambda pages: fits(least, pages * config.page_size), max_context // config.page_size)
+        if context:
+            context *= config.page_size
+            found.append(f"--max-context {context} --max-batch 1 --prefill-chunk {least.prefill_chunk}")
     if jnp.dtype(dtype).itemsize > 2:
-        small = next((name for name in ("bfloat16", "float16") if fits(config, sizes, name, max_context)), None)
+        small = next((name for name in ("bfloat16", "float16") if fits(config, dtype=name)), None)
         found += [f"--dtype {small}"] if small else []
-    stages = config if config.stage_layers is None else replace(config, stage_layers=None)
-    for more in _meshes(model, sizes):
-        if fits(stages, more, dtype, max_context):
-            found.append(f"{more['stage'] * more['data'] * more['tensor']} devices (--mesh {mesh_text(more)})")
-            break
     return found
 
 
-def _longest(fits: Any, step: int, below: int) -> int:
-    """The longest context, in whole pages, that fits; 0 if none does. What fits less long fits, too."""
-    low, high = 0, below // step
+def _fits(model: ModelConfig, config: EngineConfig, *rest: Any) -> bool:
+    try:
+        fit(model, config, *rest)
+    except LayoutError:
+        return False
+    return True
+
+
+def longest(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that `holds`, which also holds for all below it; 0 if none does."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
-    return low * step
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
-def _meshes(model: ModelConfig, sizes: MeshSizes) -> Iterator[dict[str, int]]:
+def more_devices(model: ModelConfig, sizes: MeshSizes) -> Iterator[dict[str, int]]:
     """Legal meshes of more devices per data shard, the fewest first; of as many, the most tensor parallelism."""
     began = sizes["stage"] * sizes["tensor"]
     for count in range(began + 1, MOST_DEVICES // sizes["data"] + 1):

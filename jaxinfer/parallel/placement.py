@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxinfer.parallel.mesh import LayoutError
 
 MeshSizes = Mapping[str, int]
+SHOWN = 256  # ways; an MLP's width divides by many more
 
 
 class Leaf(Protocol):
@@ -117,7 +118,7 @@ def check_layout(dimensions: Mapping[str, int], rules: Rules, sizes: MeshSizes) 
         assert axis in known, axis
         count = ways(axis, rules, sizes)
         names = "*".join(rules.mesh_axes(axis))
-        legal = [n for n in range(1, size + 1) if size % n == 0]
+        legal = [n for n in range(1, min(size, SHOWN) + 1) if size % n == 0]
         if axis == "kv_heads" and count > size and count % size == 0:
             continue  # more ranks than KV heads: each head is held by several
         if size % count:
