@@ -4,7 +4,7 @@
     python -m benchmarks.startup --model llama-3.1-8b --engine max_batch=64,max_context=2048 --new-tokens 64
     python -m benchmarks.startup --model tiny --cpu-devices 1 --prompt-tokens 32
 
-Runs `python -m jaxinfer.generate --load-format dummy` twice, in fresh processes. The file of prompts has a request for
+Runs `python -m jaxinfer.generate --random-weights` twice, in fresh processes. The file of prompts has a request for
 one token and one for --new-tokens: the first line of the output is the first token, the end stands for a run that has
 its decode programs too. Phases are those of the run's metrics.
 """
@@ -65,7 +65,7 @@ def main() -> None:
 def start(args: argparse.Namespace, folder: Path, which: str) -> dict[str, Any]:
     """Seconds from the start of a process to its first result and to its end, and the run's own metrics."""
     output = folder / f"{which}.jsonl"
-    command = [sys.executable, "-m", "jaxinfer.generate", "--model", str(folder / "model"), "--load-format", "dummy"]
+    command = [sys.executable, "-m", "jaxinfer.generate", "--model", str(folder / "model"), "--random-weights"]
     command += ["--prompts", str(folder / "prompts.jsonl"), "--output", str(output), "--mesh", args.mesh]
     command += ["--cpu-devices", str(args.cpu_devices)] if args.cpu_devices else []
     # the model's own context may be more than one device can hold

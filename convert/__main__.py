@@ -8,9 +8,11 @@ from tqdm import tqdm
 
 from convert.plan import DTYPES
 from convert.run import convert
+from convert.source import open_source
 from convert.tensor import ConvertError
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.models.config import ConfigError
+from jaxinfer.presets import PresetError, count_parameters, load_preset
 
 DESCRIPTION = """\
 Converts a Hugging Face folder of the LLaMA family (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) to a
@@ -40,6 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--source", required=True, metavar="HF_DIR", help="folder with config.json, weights and perhaps a tokenizer"
     )
     parser.add_argument("--output", required=True, metavar="CKPT_DIR", help="folder to write; made if absent")
+    parser.add_argument("--preset", metavar="NAME", help="refuse a source that is not this model of configs/models")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the checkpoint (default: the source's)")
     parser.add_argument(
         "--verify", action="store_true", help="read the checkpoint back and compare every tensor with the source"
@@ -52,8 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     started = time.perf_counter()
     try:
+        if args.preset is not None:
+            preset, config = load_preset(args.preset), open_source(args.source).config
+            preset.check(args.source, config, count_parameters(config))
         manifest, written = convert(args.source, args.output, args.dtype, args.verify)
-    except (ConvertError, ConfigError, CheckpointError, OSError) as error:
+    except (ConvertError, ConfigError, CheckpointError, PresetError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

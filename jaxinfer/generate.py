@@ -55,6 +55,9 @@ examples:
     srun -N2 --ntasks-per-node=4 --gpus-per-node=4 --kill-on-bad-exit=1 \\
       python -m jaxinfer.generate --model CKPT --prompts in.jsonl --output out.jsonl
 
+  The speed of a published model on these GPUs, without its weights (presets have no tokenizer: prompt_token_ids alone):
+    python -m jaxinfer.generate --preset falcon-40b --random-weights --prompts in.jsonl --output out.jsonl
+
   Two processes of one run without Slurm (start both; each reads the same files):
     ... --coordinator node1:9876 --num-processes 2 --process-id 0
     ... --coordinator node1:9876 --num-processes 2 --process-id 1
@@ -126,7 +129,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"jaxinfer {__version__}")
     group = parser.add_argument_group("what to run")
-    group.add_argument("--model", required=True, metavar="CKPT_DIR", help="checkpoint folder of python -m convert")
+    group.add_argument("--model", metavar="CKPT_DIR", help="checkpoint folder of python -m convert")
+    what = "a model of configs/models: --model has to be it; without --model, --random-weights are its weights"
+    group.add_argument("--preset", metavar="NAME", help=what)
     group.add_argument("--prompts", metavar="FILE", help="FILE.jsonl, FILE.txt or - for standard input")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     group.add_argument("--output", metavar="OUT.jsonl", help="results; without it the text goes to the screen alone")
@@ -145,6 +150,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    if args.model is None and args.preset is None:
+        parser.error("give --model CKPT_DIR, or --preset NAME --random-weights")
+    if args.model is None and args.load_format != "dummy":
+        parser.error(
+            f"--preset {args.preset} brings no weights: give --model CKPT_DIR (its converted checkpoint) or "
+            "--random-weights"
+        )
+    if args.model is None and args.prompt is not None:
+        parser.error("--prompt: a preset has no tokenizer; give --prompts FILE.jsonl with prompt_token_ids")
     if (args.prompts is None) == (args.prompt is None):
         parser.error("give --prompts or --prompt")
     given = {args.coordinator is None, args.num_processes is None, args.process_id is None}
@@ -298,7 +312,6 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     """Looks at the checkpoint, chooses the mesh, makes the output ready; the ids of requests that are finished."""
     import xxhash
 
-    from jaxinfer.checkpoint.manifest import NAME, read_manifest
     from jaxinfer.engine.layout import auto_mesh
     from jaxinfer.parallel.mesh import mesh_text, parse_mesh
     from jaxinfer.telemetry.manifest import describe_run
@@ -306,8 +319,8 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     args = run.args
     run.life.beat("start", 1)
     with _usage():
-        manifest = read_manifest(args.model)
-        checkpoint = xxhash.xxh3_128(Path(args.model, NAME).read_bytes())
+        manifest, content = _manifest(args)
+        checkpoint = xxhash.xxh3_128(content)
         run.life.beat("start", 2, waits=True)
         hosts = distributed.hosts()
         _same_everywhere(hosts, "checkpoint", checkpoint.digest())
@@ -340,6 +353,24 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     if "error" in answer:
         raise OutputError(answer["error"])
     return set(answer["finished"])
+
+
+def _manifest(args: argparse.Namespace) -> tuple[Any, bytes]:
+    """The manifest of --model, or else of --preset, and the bytes by which one is known from another.
+
+    Raises:
+      ValueError: no such preset, or the checkpoint is not what it expects; CheckpointError: no checkpoint.
+    """
+    from jaxinfer.checkpoint.manifest import NAME, encode, read_manifest
+    from jaxinfer.presets import load_preset
+
+    preset = None if args.preset is None else load_preset(args.preset)
+    if args.model is None:
+        return preset.manifest, encode(preset.manifest)
+    manifest = read_manifest(args.model)
+    if preset is not None:
+        preset.check_manifest(args.model, manifest)
+    return manifest, Path(args.model, NAME).read_bytes()
 
 
 def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -> bytes:
@@ -391,7 +422,7 @@ def _load(run: Run, meanwhile: Callable[[Any], None]) -> Any:
     try:
         with _usage():
             llm = LLM(
-                args.model,
+                args.model or _manifest(args)[0],
                 compile_cache="none",  # it is there already
                 loading=loading,
                 beat=run.life.beat,

@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.checkpoint.manifest import read_manifest
+from jaxinfer.checkpoint.manifest import Manifest, read_manifest
 from jaxinfer.cluster.cpu import check_thread_pool, use_virtual_devices
 from jaxinfer.compile_cache import use_compile_cache
 from jaxinfer.engine.config import EngineConfig
@@ -70,7 +70,8 @@ class LLM:
     calls and gets the same results.
 
     Args:
-      path: the checkpoint folder that ``python -m convert`` wrote.
+      checkpoint: the folder that ``python -m convert`` wrote; or, for ``load_format="dummy"``, the manifest alone of a
+        published model: ``load_preset("falcon-40b").manifest`` (`jaxinfer.presets`).
       mesh: sizes of the axes ``stage``, ``data``, ``tensor``, as text or mapping; one left out is 1.
       dtype: of weights, activations and cache; the checkpoint's if None.
       stage_layers: layers per stage, as ``7,7,6,6`` or a sequence; balanced if None.
@@ -89,7 +90,7 @@ class LLM:
 
     def __init__(
         self,
-        path: str | Path,
+        checkpoint: str | Path | Manifest,
         mesh: str | Mapping[str, int] = "",
         *,
         dtype: str | None = None,
@@ -109,7 +110,8 @@ class LLM:
         sizes = parse_mesh(mesh if isinstance(mesh, str) else ",".join(f"{axis}={size}" for axis, size in mesh.items()))
         if stage_layers is not None:
             text = stage_layers if isinstance(stage_layers, str) else ",".join(map(str, stage_layers))
-            stage_layers = parse_stage_layers(text, read_manifest(path).model["num_layers"], sizes["stage"])
+            manifest = checkpoint if isinstance(checkpoint, Manifest) else read_manifest(checkpoint)
+            stage_layers = parse_stage_layers(text, manifest.model["num_layers"], sizes["stage"])
         config = EngineConfig(mesh=sizes, dtype=dtype, stage_layers=stage_layers, **options)
         if cpu_devices is not None:
             use_virtual_devices(cpu_devices)
@@ -117,7 +119,7 @@ class LLM:
         check_thread_pool()
         if warning := use_compile_cache(compile_cache):
             warnings.warn(warning, stacklevel=2)
-        self.engine = Engine(path, config, loading, beat)
+        self.engine = Engine(checkpoint, config, loading, beat)
         if wait:
             self.engine.wait_loaded()
         self._open: dict[str, Request] = {}

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import attrs
 
 from jaxinfer.cluster.pulse import Limits
-from jaxinfer.engine.config import DTYPES, KERNELS, LOAD_FORMATS, EngineConfig
+from jaxinfer.engine.config import DTYPES, KERNELS, EngineConfig
 from jaxinfer.engine.params import SamplingParams
 
 
@@ -98,8 +98,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="of weights, activations and cache (default: the checkpoint's)")
     what = "hand-written GPU kernels (default: auto, where the GPU can run them and the dtype is not float32)"
     group.add_argument("--kernels", choices=KERNELS, default=config.kernels, help=what)
-    what = "dummy: random weights, to measure speed; reads no weights (default: checkpoint)"
-    group.add_argument("--load-format", choices=LOAD_FORMATS, default=config.load_format, help=what)
+    what = "make the weights on the devices, at random: to measure speed without reading any"
+    load = {"dest": "load_format", "action": "store_const", "const": "dummy", "default": config.load_format}
+    group.add_argument("--random-weights", help=what, **load)
     group.add_argument("--stage-layers", metavar="N,N,...", help="layers per stage (default: balanced)")
     for name, what in (
         ("max_batch", "sequences that decode at once, per data shard (default: 64; with kernels what fits, up to 512)"),

@@ -19,6 +19,10 @@ FOLDER = Path(__file__).parents[1] / "configs" / "models"
 WHEN_TO_STOP = ("bos_token_id", "eos_token_ids")  # generation_config.json and fine-tuning change them
 
 
+class PresetError(ValueError):
+    """No such preset, a preset file that cannot be used, or a model that is not the preset's: says what is legal."""
+
+
 def _check(legal: str, holds):
     """A validator that says what is legal."""
 
@@ -98,14 +102,19 @@ class Preset:
         """Refuses a model that is not this one; `what` is where it came from, for the message.
 
         Raises:
-          ValueError: lists every field that differs, with what was found and what is expected.
+          PresetError: lists every field that differs, with what was found and what is expected.
         """
         expected = self.model.to_json() | {"parameters": self.parameters}
         found = model.to_json() | {"parameters": parameters}
         differ = [name for name in expected if name not in WHEN_TO_STOP and found[name] != expected[name]]
         if differ:
             text = "; ".join(f"{name}: found {found[name]}, expected {expected[name]}" for name in differ)
-            raise ValueError(f"{what}: not what preset {self.name} expects: {text}")
+            raise PresetError(f"{what}: not what preset {self.name} expects: {text}")
+
+    def check_manifest(self, folder: str | Path, manifest: Manifest) -> None:
+        """`check` of a converted checkpoint, by what its leaves hold."""
+        counted = sum(prod(leaf["shape"]) for leaf in manifest.leaves.values())
+        self.check(str(folder), ModelConfig.from_json(manifest.model), counted or manifest.parameters)
 
 
 def names() -> list[str]:
@@ -116,24 +125,24 @@ def load_preset(name: str) -> Preset:
     """Reads ``configs/models/NAME.yaml``.
 
     Raises:
-      ValueError: no preset of that name (with those that are near), or a file with an unknown or absent field or an
+      PresetError: no preset of that name (with those that are near), or a file with an unknown or absent field or an
         illegal value (with file and field).
     """
     known = names()
     if name not in known:
         if name.lower().startswith(("evo2", "evo-2")):
             what = "is no transformer (StripedHyena 2: 8 attention layers, 42 convolution layers)"
-            raise ValueError(f"preset: {name} {what}: jaxinfer cannot run it yet; legal: {', '.join(known)}")
+            raise PresetError(f"preset: {name} {what}: jaxinfer cannot run it yet; legal: {', '.join(known)}")
         near = difflib.get_close_matches(name.lower(), known, 3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"preset: unknown {name!r}; {hint}legal: {', '.join(known)}")
+        raise PresetError(f"preset: unknown {name!r}; {hint}legal: {', '.join(known)}")
     path = FOLDER / f"{name}.yaml"
     try:
         return _build(Preset, yaml.safe_load(path.read_text("utf-8")), name=name)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        raise PresetError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise PresetError(f"{path}: {error}") from None
 
 
 def _build(kind: type, fields: Any, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Random weights in place of a checkpoint's: --load-format dummy."""
+"""Random weights in place of a checkpoint's: --random-weights, load_format="dummy"."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_arrays_have_their_places_and_no_two_are_the_same(folder):
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
     prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt_token_ids": [5, 6, 7], "max_new_tokens": 8, "ignore_eos": true}\n')
-    options = ("--prompts", prompts, "--output", output, "--load-format", "dummy", "--mesh", "")
+    options = ("--prompts", prompts, "--output", output, "--random-weights", "--mesh", "")
     options += ("--max-batch", 4, "--prefill-chunk", 32)
     monkeypatch.setattr("sys.argv", ["generate", "--model", str(folder), *map(str, options)])
     with pytest.raises(SystemExit) as ended:
@@ -88,7 +88,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="load_format: 'random' is not one of checkpoint, dummy"):
         EngineConfig(load_format="random")
-    with pytest.raises(CheckpointError, match="holds no weights; legal: load_format dummy"):
+    with pytest.raises(CheckpointError, match="holds no weights; legal: --random-weights"):
         make_engine(folder).wait_loaded()
     with pytest.raises(ValueError, match="dtype: 'int8' is not supported; supported: bfloat16, float16, float32"):
         write_dummy(TINY, tmp_path, "int8")

@@ -77,7 +77,7 @@ def load(
       CheckpointError: beside those of `fill`, a checkpoint that was made without weights.
     """
     if not reader.manifest.leaves:
-        raise CheckpointError(f"{reader.folder}: holds no weights; legal: load_format dummy, or convert a model")
+        raise CheckpointError(f"{reader.folder}: holds no weights; legal: --random-weights (load_format dummy)")
     sizes = mesh_sizes(mesh)
     declared, tree = _flat(parameters)
     placed: list[list[jax.Array]] = [[] for _ in declared]

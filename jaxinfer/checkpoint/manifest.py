@@ -34,8 +34,12 @@ class Manifest:
     format: int = FORMAT
 
 
+def encode(manifest: Manifest) -> bytes:
+    return (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode()
+
+
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    write_whole(Path(folder) / NAME, (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode())
+    write_whole(Path(folder) / NAME, encode(manifest))
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -17,7 +17,7 @@ import xxhash
 
 from jaxinfer.checkpoint.dummy import random_params
 from jaxinfer.checkpoint.load import default_threads, load
-from jaxinfer.checkpoint.manifest import read_manifest
+from jaxinfer.checkpoint.manifest import Manifest, read_manifest
 from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.config import EngineConfig
@@ -43,6 +43,8 @@ from jaxinfer.tokenizer import load_tokenizer
 class Engine:
     """Loads a checkpoint onto a mesh and turns requests into tokens: `add`, then `step` while `has_unfinished`.
 
+    `checkpoint` is its folder, or for random weights a manifest alone (and then there is no tokenizer).
+
     The weights load in a thread: `wait_loaded` waits for them, or else the first `step`. Until then requests can be
     added, and what they need be compiled.
 
@@ -51,17 +53,21 @@ class Engine:
 
     Raises:
       LayoutError: a mesh that the model cannot have or that does not fit, before anything is allocated.
+      ValueError: a manifest alone, and no random weights.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        checkpoint: str | Path | Manifest,
         config: EngineConfig,
         loading: Callable[[int, int], None] = lambda done, total: None,
         beat: Callable[[str, int, bool], None] = lambda phase, step, waits: None,
     ):
-        self.path, self.config = Path(path), config
-        self.manifest = read_manifest(self.path)
+        alone = isinstance(checkpoint, Manifest)
+        if alone and config.load_format != "dummy":
+            raise ValueError(f"load_format: found {config.load_format!r} with a manifest alone; legal: dummy")
+        self.folder, self.config = None if alone else Path(checkpoint), config
+        self.manifest = checkpoint if alone else read_manifest(checkpoint)
         self.model: ModelConfig = ModelConfig.from_json(self.manifest.model)
         self.dtype = jnp.dtype(config.dtype or self.manifest.dtype)
         self.max_context = min(config.max_context or self.model.max_context, self.model.max_context)
@@ -83,7 +89,7 @@ class Engine:
         self._unwanted = threading.Event()
         self._loading: Future | None = ThreadPoolExecutor(1, "load").submit(self._load, decoder, rules, loading)
         with self.loading_stops_at_error():
-            self.tokenizer = load_tokenizer(self.path)
+            self.tokenizer = None if alone else load_tokenizer(self.folder)
         self._runner = Runner(
             decoder,
             config,
@@ -329,7 +335,7 @@ class Engine:
         return peers
 
     def _load(self, decoder: Decoder, rules: Rules, loading: Callable[[int, int], None]) -> Any:
-        began, reader = time.perf_counter(), Reader(self.path, self.manifest)
+        began = time.perf_counter()
 
         def told(done: int, total: int) -> None:
             if self._unwanted.is_set():
@@ -340,10 +346,10 @@ class Engine:
         if self.config.load_format == "dummy":
             params = random_params(parameters, self.mesh, rules, dtype, self.config.seed, told)
         else:
-            threads = self.config.load_threads or default_threads()
+            threads, reader = self.config.load_threads or default_threads(), Reader(self.folder, self.manifest)
             params = load(reader, parameters, self.mesh, rules, dtype, threads, told)
+            self.stats.load_bytes = reader.bytes_read
         self.stats.load_seconds = time.perf_counter() - began
-        self.stats.load_bytes = reader.bytes_read
         # a decode tick reads every weight on the device, but of an untied embedding only a row per sequence
         embed = params["ends"]["embed"].addressable_data(0).nbytes
         self._weight_bytes_per_tick = self.memory.weights - (0 if self.model.tied else embed)
