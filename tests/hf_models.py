@@ -30,9 +30,9 @@ from transformers import (
 
 FAMILIES = {
     "falcon": (FalconConfig, FalconForCausalLM),
-    "gpt2": (GPT2Config, GPT2LMHeadModel),
     "gemma": (GemmaConfig, GemmaForCausalLM),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.leaves import Table
 from jaxinfer.ops.linear import linear
-from jaxinfer.ops.norm import norm
+from jaxinfer.ops.norm import norm, rms_norm
 from jaxinfer.parallel.placement import Parameter
 
 ACTIVATIONS = {
@@ -79,7 +80,21 @@ class Block(nnx.Module):
 
     def attention(self, x: jax.Array, ops: Ops) -> jax.Array:
         """Normed x [B, T, H] to the heads' outputs [B, T, N * D], what the array ``o`` takes."""
-        return ops.attend(self.matmul(x, "qkv")).reshape(*x.shape[:2], -1)
+        qkv = self.matmul(x, "qkv")
+        if self.config.qk_norm:
+            qkv = self._norm_qk(qkv)
+        return ops.attend(qkv).reshape(*x.shape[:2], -1)
+
+    def _norm_qk(self, qkv: jax.Array) -> jax.Array:
+        """qkv [B, T, (N + 2K) * D] with an RMS norm over D of each query and key head, in one pass."""
+        width = self.config.head_dim
+        heads = qkv.reshape(*qkv.shape[:2], -1, width)
+        queries = self.o[...].shape[-1] // width
+        keys = (heads.shape[2] - queries) // 2
+        parts = ((queries, self.q_norm), (keys, self.k_norm))
+        weight = jnp.concatenate([jnp.broadcast_to(norm[...], (count, width)) for count, norm in parts])
+        normed = rms_norm(heads[:, :, : queries + keys], weight, self.config.norm_eps)
+        return jnp.concatenate([normed, heads[:, :, queries + keys :]], axis=2).reshape(qkv.shape)
 
     def act(self, x: jax.Array) -> jax.Array:
         return ACTIVATIONS[self.config.activation](x)

@@ -1,13 +1,16 @@
-"""The LLaMA family: LLaMA, Mistral, Qwen2."""
+"""The LLaMA family: LLaMA, Mistral, Qwen2 and 3, Gemma 1 and 2, Phi-3."""
 
 from typing import Any
 
 from jaxinfer.models.config import (
+    ConfigError,
     ModelConfig,
+    RopeConfig,
     activation,
     check_kv_heads,
     count,
     head_width,
+    legal,
     number,
     read_rope,
     special_tokens,
@@ -15,17 +18,48 @@ from jaxinfer.models.config import (
 )
 from jaxinfer.models.leaves import Table, attention_leaves, mlp_leaves, norm_leaves
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Phi3ForCausalLM",
+)
+GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM")
+MAY_HAVE_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", *GEMMA)  # the others ignore the field
+_TANH = "gelu_pytorch_tanh"
+# what transformers takes for a field that is left out, where it is not what it takes for LLaMA
+_GEMMA = {"head_dim": 256, "hidden_act": _TANH, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": {"sliding_window": 4096},
+    "Qwen2ForCausalLM": {"sliding_window": 4096},
+    "Qwen3ForCausalLM": {"sliding_window": 4096, "head_dim": 128},
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA
+    | {
+        "sliding_window": 4096,
+        "hidden_activation": _TANH,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "Phi3ForCausalLM": {"original_max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 32000},
+}
 
 
 def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     """Reads a ``config.json`` as transformers would: see `families.from_hf`."""
     architecture = hf["architectures"][0]
+    hf = _DEFAULTS.get(architecture, {}) | hf
+    if "head_dim" in _DEFAULTS.get(architecture, {}):
+        count(hf, "head_dim")  # null is not the width's share of a head there
     layers, heads = count(hf, "num_hidden_layers"), count(hf, "num_attention_heads")
     head_dim = head_width(hf, "hidden_size", "num_attention_heads")
-    llama_bias = bool(hf.get("attention_bias", False)) and architecture == "LlamaForCausalLM"
+    bias = bool(hf.get("attention_bias", False)) and architecture in MAY_HAVE_BIAS
     context = count(hf, "max_position_embeddings")
-    rope = read_rope(hf, head_dim, context)
+    rope = _rope(hf, architecture, head_dim, context)
     return ModelConfig(
         architecture=architecture,
         vocab_size=count(hf, "vocab_size"),
@@ -39,36 +73,80 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         max_context=stretched(rope, context),
         rope=rope,
         windows=_windows(hf, architecture, layers),
-        activation=activation("hidden_act", hf.get("hidden_act", "silu")),
+        activation=_activation(hf, architecture),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=llama_bias or architecture == "Qwen2ForCausalLM",
-        o_bias=llama_bias,
+        qkv_bias=bias or architecture == "Qwen2ForCausalLM",
+        o_bias=bias,
         mlp_bias=bool(hf.get("mlp_bias", False)) and architecture == "LlamaForCausalLM",
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        **_gemma(hf, architecture),
         **special_tokens(hf, generation),
     )
 
 
+def _gemma(hf: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """What Gemma does otherwise."""
+    if architecture not in GEMMA:
+        return {}
+    both_ways = hf.get("use_bidirectional_attention") or False
+    legal(hf, "use_bidirectional_attention", both_ways, False)
+    more = {"norm": "rms+1", "embed_scale": count(hf, "hidden_size") ** 0.5}
+    if architecture == "GemmaForCausalLM":
+        return more
+    caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    more |= {field: None if hf[name] is None else float(number(hf, name)) for field, name in caps.items()}
+    return more | {"output_norms": True, "query_scale": number(hf, "query_pre_attn_scalar") ** -0.5}
+
+
+def _activation(hf: dict[str, Any], architecture: str) -> str:
+    if architecture == "Gemma2ForCausalLM":
+        return activation("hidden_activation", hf["hidden_activation"])
+    found = activation("hidden_act", hf.get("hidden_act", "silu"))
+    if architecture != "GemmaForCausalLM":
+        return found
+    found = _TANH if found == "gelu" else found  # what its first files called it
+    # transformers 4 took this field where it was given, 5 does not
+    legal(hf, "hidden_activation", activation("hidden_activation", hf.get("hidden_activation") or found), found)
+    return found
+
+
+def _rope(hf: dict[str, Any], architecture: str, head_dim: int, context: int) -> RopeConfig:
+    if architecture != "Phi3ForCausalLM":
+        return read_rope(hf, head_dim, context)
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):  # what its first files called it
+        hf = hf | {"rope_scaling": scaling | {"rope_type": "longrope"}}
+    rope = read_rope(hf, head_dim, context)
+    legal(hf, "rope_type", rope.kind, "default", "longrope")
+    return rope
+
+
 def _kv_heads(hf: dict[str, Any], architecture: str, heads: int) -> int:
-    # null means one per query head; only LLaMA may leave it out (the others' defaults are a 7B model's numbers)
-    if architecture == "LlamaForCausalLM" or "num_key_value_heads" in hf:
+    # null means one per query head; not all may leave it out (the others' defaults are a 7B model's numbers)
+    if architecture in ("LlamaForCausalLM", "Phi3ForCausalLM") or "num_key_value_heads" in hf:
         hf = hf | {"num_key_value_heads": hf.get("num_key_value_heads") or heads}
     return check_kv_heads("num_key_value_heads", count(hf, "num_key_value_heads"), "num_attention_heads", heads)
 
 
 def _windows(hf: dict[str, Any], architecture: str, layers: int) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window", 4096)  # what transformers takes when the field is left out; null is none
-    if architecture == "LlamaForCausalLM" or not window:
+    window = hf.get("sliding_window")
+    if architecture in ("MistralForCausalLM", "Phi3ForCausalLM"):
+        return (window or None,) * layers
+    if architecture == "Gemma2ForCausalLM":
+        window, sliding = count(hf, "sliding_window"), range(0, layers, 2)
+    elif architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and window and hf.get("use_sliding_window", False):
+        sliding = range(hf.get("max_window_layers", 28), layers)
+    else:
         return (None,) * layers
-    if architecture == "Qwen2ForCausalLM":
-        if not hf.get("use_sliding_window", False):
-            return (None,) * layers
-        kinds = hf.get("layer_types") or [
-            "sliding_attention" if i >= hf.get("max_window_layers", 28) else "full_attention" for i in range(layers)
-        ]
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return (window,) * layers
+    kinds = hf.get("layer_types") or ["sliding_attention" if i in sliding else "full_attention" for i in range(layers)]
+    if len(kinds) != layers:
+        raise ConfigError(f"layer_types: expected {layers}, as num_hidden_layers says, found {len(kinds)}")
+    for kind in kinds:
+        legal(hf, "layer_types", kind, "sliding_attention", "full_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def layer_leaves(config: ModelConfig) -> Table:
-    norms = norm_leaves(config, "input_norm", "post_norm")
+    outputs = ("o_norm", "down_norm") if config.output_norms else ()
+    norms = norm_leaves(config, "input_norm", "post_norm", *outputs)
     return norms | attention_leaves(config) | mlp_leaves(config, "gate", "up")
