@@ -41,7 +41,7 @@ wheels() {
   trap 'rm -rf "$work"' EXIT
   # a clean copy: setuptools would take up what earlier builds left in build/
   mkdir "$work/source" "$work/app"
-  tar -c --exclude=__pycache__ pyproject.toml README.md LICENSE jaxinfer convert | tar -x -C "$work/source"
+  tar -c --exclude=__pycache__ pyproject.toml README.md LICENSE jaxinfer convert configs/models | tar -x -C "$work/source"
   tar -c --exclude=__pycache__ slurm configs | tar -x -C "$work/app"
   "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/app/wheels" "$work/source"
   local own=("$work"/app/wheels/jaxinfer-*.whl) extras=

@@ -308,7 +308,7 @@ def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a"], "the following arguments are required: --model"),
+        (["--prompt", "a"], "give --model CKPT_DIR, or --preset NAME --random-weights"),
         (["--model", "{tiny}"], "give --prompts or --prompt"),
         (["--model", "{tiny}", "--prompt", "a", "--prompts", "-"], "give --prompts or --prompt"),
         (["--model", "{tiny}", "--prompt", "a", "--top-k", "five"], "argument --top-k: invalid int value: 'five'"),
