@@ -12,8 +12,8 @@ from convert.torch_reader import open_torch
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf
 
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         return ()
     # the config too: it is what chooses the tokenizer class where tokenizer_config.json does not name one
-    patterns = (*_TOKENIZER, "config.json", "generation_config.json")
+    patterns = (*_VOCABULARIES, *_BESIDE, "config.json", "generation_config.json")
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     for path in found:
         refuse_lfs_pointer(path)

@@ -15,7 +15,8 @@ def load_tokenizer(ckpt_dir: str | Path) -> Any | None:
 
     A ``tokenizer.json`` is taken as it is, whatever class the folder names for it. A SentencePiece model alone is
     converted here: what transformers makes of one depends on its version and on the class that the folder names, and
-    differs from SentencePiece on text that begins with a space.
+    differs from SentencePiece on text that begins with a space. ``spiece.model`` is GPT-SW3's, which runs SentencePiece
+    itself behind steps of its own.
 
     Returns:
       a `transformers.PreTrainedTokenizerBase`.
@@ -34,6 +35,8 @@ def load_tokenizer(ckpt_dir: str | Path) -> Any | None:
             from transformers import AutoTokenizer
 
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if "spiece.model" in found:
+            return _from_gpt_sw3(folder)
     except Exception as error:
         raise ValueError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
     return None
@@ -41,12 +44,10 @@ def load_tokenizer(ckpt_dir: str | Path) -> Any | None:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a prompt, with the begin token where the model was trained with one, and without an end token."""
-    ids = list(tokenizer.encode(text))
-    end = tokenizer.eos_token_id
-    if ids[-1:] == [end]:
-        plain = list(tokenizer.encode(text, add_special_tokens=False))
-        if ids[-len(plain) - 1 :] == [*plain, end]:
-            ids.pop()
+    ids, end = list(tokenizer.encode(text)), tokenizer.eos_token_id
+    # an end token that the text itself says, or a begin token that is the same one, is not at the end of every text
+    if ids[-1:] == [end] and tokenizer.encode("a")[-1:] == [end]:
+        ids.pop()
     return ids
 
 
@@ -78,6 +79,22 @@ def _from_folder(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _from_gpt_sw3(folder: Path) -> Any:
+    from transformers import GPTSw3Tokenizer
+
+    path = folder / "tokenizer_config.json"
+    named = json.loads(path.read_text("utf-8")).get("tokenizer_class") if path.is_file() else None
+    if named not in (None, "GPTSw3Tokenizer"):
+        raise ValueError(
+            f"spiece.model: tokenizer_class {named!r} is not supported; legal: GPTSw3Tokenizer, or a tokenizer.json "
+            "beside it"
+        )
+    # not from the folder itself: the class takes other special tokens where a path has gpt-sw3-7b in it
+    with TemporaryDirectory() as scratch:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True)
+        return GPTSw3Tokenizer.from_pretrained(scratch, local_files_only=True)
 
 
 def _from_sentencepiece(folder: Path) -> Any:

@@ -38,12 +38,13 @@ def agree_up_to_ties(found: list[int], expected: list[int], margins: list[float]
     return True
 
 
-def equal_to_transformers(found, prompts: dict[str, list[int]]) -> None:
-    whole = 0
+def equal_to_transformers(found, prompts: dict[str, list[int]], reference: torch.nn.Module | None = None) -> None:
+    """`reference`: another model than the embedded one."""
+    reference, whole = reference or model(), 0
     for name, prompt in prompts.items():
         new = found[name, 0].token_ids
         with torch.no_grad():
-            logits = model()(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+            logits = reference(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
         top = logits.topk(2).values
         whole += agree_up_to_ties(new, logits.argmax(-1).tolist(), (top[:, 0] - top[:, 1]).tolist())
     assert whole >= len(prompts) - 2, "too many ties: the comparison would be empty"
