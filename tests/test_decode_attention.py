@@ -12,7 +12,7 @@ from conftest import ON_GPU
 from convert.run import convert
 from engine_run import make_engine, run, tokens
 from hf_models import make_hf_folder
-from jaxinfer.engine.engine import _kernels
+from jaxinfer.engine.device import choose_kernels
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.ops.attention import paged_attention
 from jaxinfer.ops.decode_attention import decode_attention
@@ -35,17 +35,32 @@ def case(seed, batch, kv_heads, group, width, page_size, pages, dtype):
     batch=st.integers(1, 4),
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 4, 8]),
-    width=st.sampled_from([16, 64, 100, 128]),
+    width=st.sampled_from([16, 64, 100, 128, 256]),
     page_size=st.sampled_from([4, 16]),
     pages=st.integers(1, 12),
     window=st.sampled_from([None, 1, 7, 40]),
+    scale=st.sampled_from([None, 0.3]),
+    softcap=st.sampled_from([None, 0.8, 5.0]),
 )
-def test_equals_the_plain_form(seed, batch, kv_heads, group, width, page_size, pages, window):
+def test_equals_the_plain_form(seed, batch, kv_heads, group, width, page_size, pages, window, scale, softcap):
     arguments = case(seed, batch, kv_heads, group, width, page_size, pages, jnp.float32)
-    expected = paged_attention(*arguments, window)
-    found = decode_attention(*arguments, window, interpret=not ON_GPU)
+    expected = paged_attention(*arguments, window, scale, softcap)
+    found = decode_attention(*arguments, window, scale, softcap, interpret=not ON_GPU)
     # on a GPU Triton multiplies float32 in tf32
-    np.testing.assert_allclose(found, expected, atol=2e-3 if ON_GPU else 2e-6)
+    np.testing.assert_allclose(found, expected, atol=2e-3 if ON_GPU else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("group", "width", "window", "scale", "softcap"),
+    [(1, 64, 30, 1.0, 2.0), (8, 100, jnp.int32(30), 0.05, None), (8, 128, None, None, 50.0), (1, 256, None, 1.0, 2.0)],
+)
+def test_scaled_and_capped(group, width, window, scale, softcap):
+    """As Gemma 2 does; a low cap is reached."""
+    arguments = case(width, 3, 2, group, width, 12, 9, jnp.float32)
+    found = decode_attention(*arguments, window, scale, softcap, interpret=not ON_GPU)
+    expected = paged_attention(*arguments, window, scale, softcap)
+    np.testing.assert_allclose(found, expected, atol=4e-3 if ON_GPU else 2e-5)
+    assert softcap != 2.0 or not np.allclose(expected, paged_attention(*arguments, window, scale), atol=0.1)
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -70,12 +85,12 @@ def test_where_kernels_run():
     hopper, turing, cpu = (SimpleNamespace(device_kind="X", **each) for each in (
         {"compute_capability": "9.0"}, {"compute_capability": "7.5"}, {}))  # fmt: skip
     half, full = jnp.dtype("float16"), jnp.dtype("float32")
-    assert [_kernels("auto", half, device) for device in (hopper, turing, cpu)] == ["on", "off", "off"]
-    assert _kernels("auto", full, hopper) == "off"
-    assert [_kernels("on", half, device) for device in (hopper, cpu)] == ["on", "interpret"]
-    assert _kernels("off", half, hopper) == "off"
+    assert [choose_kernels("auto", half, device) for device in (hopper, turing, cpu)] == ["on", "off", "off"]
+    assert choose_kernels("auto", full, hopper) == "off"
+    assert [choose_kernels("on", half, device) for device in (hopper, cpu)] == ["on", "interpret"]
+    assert choose_kernels("off", half, hopper) == "off"
     with pytest.raises(LayoutError, match=r"X has 7\.5; legal here: auto, off"):
-        _kernels("on", half, turing)
+        choose_kernels("on", half, turing)
 
 
 @pytest.mark.slow

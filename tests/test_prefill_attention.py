@@ -37,10 +37,24 @@ def test_equals_the_plain_form(seed):
     np.testing.assert_allclose(found, expected, atol=3e-3 if ON_GPU else 5e-6)
 
 
-@pytest.mark.parametrize(("group", "width"), [(1, 100), (4, 128)])
-def test_bfloat16_is_close_to_float32(group, width):
+@pytest.mark.parametrize(
+    ("group", "width", "window", "scale", "softcap"),
+    [(1, 64, 30, 1.0, 2.0), (8, 100, jnp.int32(30), 0.05, None), (8, 128, None, None, 50.0), (1, 256, None, 1.0, 2.0)],
+)
+def test_scaled_and_capped(group, width, window, scale, softcap):
+    """As Gemma 2 does; a low cap is reached."""
+    arguments = case(width, 2, 37, 2, group, width, 12, 9, jnp.float32)
+    found = prefill_attention(*arguments, window, scale, softcap, interpret=not ON_GPU)
+    expected = paged_attention(*arguments, window, scale, softcap)
+    np.testing.assert_allclose(found, expected, atol=4e-3 if ON_GPU else 2e-5)
+    assert softcap != 2.0 or not np.allclose(expected, paged_attention(*arguments, window, scale), atol=0.1)
+
+
+@pytest.mark.parametrize(("group", "width", "softcap"), [(1, 100, 5.0), (4, 128, None)])
+def test_bfloat16_is_close_to_float32(group, width, softcap):
     arguments = case(1, 3, 150, 2, group, width, 16, 20, jnp.bfloat16)
     wide = [each.astype(jnp.float32) if each.dtype == jnp.bfloat16 else each for each in arguments]
     for window in (None, jnp.int32(200)):
-        found = prefill_attention(*arguments, window, interpret=not ON_GPU)
-        np.testing.assert_allclose(found.astype(jnp.float32), paged_attention(*wide, window), atol=0.02)
+        found = prefill_attention(*arguments, window, softcap=softcap, interpret=not ON_GPU)
+        expected = paged_attention(*wide, window, softcap=softcap)
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02)
