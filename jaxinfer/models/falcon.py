@@ -7,7 +7,7 @@ from jaxinfer.ops.linear import linear
 
 
 class Layer(Block):
-    """Almazrouei et al., "The Falcon Series of Open Language Models", 2023, sections 4.2 and 4.3: attention and MLP in
+    """Almazrouei et al., "The Falcon Series of Open Language Models", 2023: attention and MLP in
     parallel, or in Falcon-RW one after the other."""
 
     arrays = {  # noqa: RUF012
