@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
 from transformers import AutoConfig
+from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from convert.run import convert
@@ -14,12 +17,14 @@ from engine_run import make_engine, run, tokens
 from greedy_reference import agree_up_to_ties
 from hf_models import make_hf_folder
 from jaxinfer.checkpoint.reader import Reader
+from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.models import llama
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.configs.llama import ARCHITECTURES
 from jaxinfer.models.families import from_hf
 from jaxinfer.ops.rope import angles
+from jaxinfer.parallel.mesh import make_mesh, parse_mesh
 from model_logits import compare
 
 QWEN3 = {"family": "qwen3", "head_dim": 16}
@@ -130,6 +135,21 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, mesh, case):
 def test_kernels_give_the_same_tokens(tmp_path, mesh, case):
     made(tmp_path, **case)
     assert greedy(tmp_path / "ckpt", mesh, kernels="on") == greedy(tmp_path / "ckpt", mesh, kernels="off")
+
+
+def test_embeddings_are_scaled_by_a_rounded_number():
+    """sqrt(30) is 5.477, in bfloat16 5.469."""
+    config = from_hf(hf("GemmaForCausalLM", hidden_size=30))
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(96, 30)), jnp.bfloat16)
+    theirs = GemmaTextScaledWordEmbedding(96, 30, 0, embed_scale=30**0.5).bfloat16()
+    theirs.weight.data = torch.tensor(np.asarray(table, np.float32)).bfloat16()
+    ends, places = Decoder(config, (3,)).ends({"embed": table, "norm": table[0]}), jnp.arange(96)
+    embedded = jax.shard_map(
+        ends.embedding, mesh=make_mesh(parse_mesh("")), in_specs=P(), out_specs=P(), check_vma=False
+    )
+    np.testing.assert_array_equal(
+        np.asarray(embedded(places, places), np.float32), theirs(torch.arange(96)).detach().float().numpy()
+    )
 
 
 def test_only_plain_layers_run_in_one_launch():

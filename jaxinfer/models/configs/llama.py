@@ -116,6 +116,8 @@ def _rope(hf: dict[str, Any], architecture: str, head_dim: int, context: int) ->
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):  # what its first files called it
         hf = hf | {"rope_scaling": scaling | {"rope_type": "longrope"}}
+    # where decoding passes the trained length, transformers computes the keys so far anew with the long factors; here
+    # they keep the short ones, as transformers has it for all others
     rope = read_rope(hf, head_dim, context)
     legal(hf, "rope_type", rope.kind, "default", "longrope")
     return rope
