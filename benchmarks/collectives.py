@@ -24,7 +24,7 @@ from jaxinfer import __version__
 from jaxinfer.cluster.distributed import everyone
 from jaxinfer.options import Parser, add_process_options
 from jaxinfer.parallel.all_reduce import peer_sum, shots
-from jaxinfer.parallel.mesh import AXES
+from jaxinfer.parallel.axes import AXES
 from jaxinfer.parallel.peer import connect
 from jaxinfer.telemetry.manifest import describe_run
 

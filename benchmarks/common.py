@@ -26,7 +26,7 @@ from jaxinfer.cluster.launch import find_launch
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.options import Parser, add_process_options
-from jaxinfer.parallel.mesh import mesh_text, parse_mesh
+from jaxinfer.parallel.axes import mesh_text, parse_mesh
 from jaxinfer.telemetry.manifest import describe_run
 
 ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}

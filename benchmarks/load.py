@@ -155,7 +155,8 @@ def measure(args: argparse.Namespace) -> None:
     from jaxinfer.checkpoint.load import default_threads, load, local_pieces
     from jaxinfer.engine.forward import Decoder
     from jaxinfer.models.config import ModelConfig
-    from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+    from jaxinfer.parallel.axes import parse_mesh
+    from jaxinfer.parallel.mesh import make_mesh
     from jaxinfer.parallel.placement import Rules
     from jaxinfer.parallel.stages import balance
 

@@ -25,7 +25,7 @@ from benchmarks.report import Row, with_goals
 from benchmarks.shapes import NAMES, dtype_of, hf_config, model_config, random_prompts
 from convert.dummy import write_dummy
 from jaxinfer.options import Parser
-from jaxinfer.parallel.mesh import mesh_text, parse_mesh
+from jaxinfer.parallel.axes import mesh_text, parse_mesh
 from jaxinfer.telemetry.manifest import git_commit
 
 PHASES = ("load", "compile", "prefill", "decode")

@@ -1,6 +1,6 @@
 """Throughput of an offline run: many requests of mixed lengths, all there from the start.
 
-    python -m benchmarks.throughput --model llama-3.1-8b --max-batch 256 --json build/bench/throughput.json
+    python -m benchmarks.throughput --model llama-3.1-8b --json build/bench/throughput.json
     python -m benchmarks.throughput --model llama-3.1-8b --peer        # transformers in the same job, beside it
     python -m benchmarks.throughput --model llama-2-70b --mesh stage=8 --max-batch 512 --requests 2048
     python -m benchmarks.throughput --model tiny --cpu-devices 1 --requests 32 --prompt-range 16:64 --new-tokens 16
@@ -42,8 +42,8 @@ def main() -> None:
     what = "prompt tokens (default: 128:1024)"
     made.add_argument("--prompt-range", type=span, default=(128, 1024), metavar="LOW:HIGH", help=what)
     made.add_argument("--new-tokens", type=count, default=256, metavar="N", help="of each request (default: 256)")
-    what = "requests that decode at once, per data shard (default: 256)"
-    made.add_argument("--max-batch", type=count, default=256, metavar="N", help=what)
+    what = "requests that decode at once, per data shard (default: 1024)"
+    made.add_argument("--max-batch", type=count, default=1024, metavar="N", help=what)
     add_peer_option(made, PEER)
     args = made.parse_args()
     peer: dict[str, float] = {}

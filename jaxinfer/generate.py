@@ -313,7 +313,7 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     import xxhash
 
     from jaxinfer.engine.layout import auto_mesh
-    from jaxinfer.parallel.mesh import mesh_text, parse_mesh
+    from jaxinfer.parallel.axes import mesh_text, parse_mesh
     from jaxinfer.telemetry.manifest import describe_run
 
     args = run.args

@@ -17,7 +17,7 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.inputs import InputRecord, parse_record, token_ids
-from jaxinfer.parallel.mesh import parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.stages import parse_stage_layers
 from jaxinfer.telemetry.progress import Progress
 

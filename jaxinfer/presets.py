@@ -13,7 +13,7 @@ from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.engine.config import DTYPES
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf, leaves
-from jaxinfer.parallel.mesh import parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
 
 FOLDER = Path(__file__).parents[1] / "configs" / "models"
 WHEN_TO_STOP = ("bos_token_id", "eos_token_ids")  # generation_config.json and fine-tuning change them

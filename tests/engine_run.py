@@ -4,7 +4,7 @@ from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Output, Request
-from jaxinfer.parallel.mesh import parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
 
 
 def make_engine(checkpoint, mesh: str = "", **settings) -> Engine:

@@ -16,7 +16,8 @@ from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.parallel import collectives
-from jaxinfer.parallel.mesh import make_mesh, mesh_sizes, parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.parallel.mesh import make_mesh, mesh_sizes
 from jaxinfer.parallel.placement import Parameter, Rules, local_size, partition_spec
 from jaxinfer.parallel.stages import balance
 

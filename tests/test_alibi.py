@@ -12,7 +12,8 @@ from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from jaxinfer.ops import alibi
 from jaxinfer.ops.attention import paged_attention
-from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.parallel.mesh import make_mesh
 
 
 def theirs(heads, length):

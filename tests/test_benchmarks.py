@@ -17,7 +17,7 @@ from benchmarks.shapes import hf_config, model_config, random_prompts
 from benchmarks.throughput import lengths
 from jaxinfer.engine import costs
 from jaxinfer.models.families import from_hf
-from jaxinfer.parallel.mesh import parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
 
 ROOT = Path(__file__).parents[1]
 H200 = Limits(copy_bytes_per_s=4.2e12, matmul_flops_per_s=790e12)

@@ -16,7 +16,7 @@ from jaxinfer.engine.device import choose_kernels
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.ops.attention import paged_attention
 from jaxinfer.ops.decode_attention import decode_attention
-from jaxinfer.parallel.mesh import LayoutError
+from jaxinfer.parallel.axes import LayoutError
 
 
 def case(seed, batch, kv_heads, group, width, page_size, pages, dtype):

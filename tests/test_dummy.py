@@ -15,7 +15,8 @@ from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.generate import main
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.parallel.placement import Rules, global_shape
 
 TINY = {

@@ -25,7 +25,8 @@ from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf
-from jaxinfer.parallel.mesh import LayoutError, make_mesh, mesh_sizes, parse_mesh
+from jaxinfer.parallel.axes import LayoutError, parse_mesh
+from jaxinfer.parallel.mesh import make_mesh, mesh_sizes
 from jaxinfer.parallel.placement import Parameter, Rules, global_shape, partition_spec
 from jaxinfer.presets import count_parameters, load_preset
 from jaxinfer.tokenizer import encode, load_tokenizer

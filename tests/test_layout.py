@@ -21,7 +21,8 @@ from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.memory import choose_batch, choose_chunk, plan_memory
 from jaxinfer.models.families import from_hf
 from jaxinfer.models.leaves import Leaf
-from jaxinfer.parallel.mesh import LayoutError, make_mesh, parse_mesh
+from jaxinfer.parallel.axes import LayoutError, parse_mesh
+from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.parallel.placement import Parameter, Rules, check_layout, global_shape, local_shape, partition_spec
 from jaxinfer.parallel.stages import balance, parse_stage_layers, slots
 
@@ -249,8 +250,8 @@ def test_prefill_shapes():
     assert shapes(8192) == ((16, 512), (256, 32), (64, 32), (16, 32))
     assert shapes(3000) == ((5, 512), (80, 32), (16, 32)), "never more than the chunk"
     assert shapes(8192, kernels="off") == ((1, 8192), (4, 2048), (16, 512)), "the plain form gathers each row's pages"
-    assert EngineConfig(prefill_chunk=8192, max_batch=256).ticks_per_block() == 1
-    assert EngineConfig(prefill_chunk=512, max_batch=256).ticks_per_block() == 16
+    assert EngineConfig(prefill_chunk=8192, max_batch=256).ticks_per_block() == 8
+    assert EngineConfig(prefill_chunk=512, max_batch=256).ticks_per_block() == 128
 
 
 def test_the_engine_refuses_before_it_allocates(tmp_path):

@@ -24,7 +24,8 @@ from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.configs.llama import ARCHITECTURES
 from jaxinfer.models.families import from_hf
 from jaxinfer.ops.rope import angles
-from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.parallel.mesh import make_mesh
 from model_logits import compare
 
 QWEN3 = {"family": "qwen3", "head_dim": 16}

@@ -16,7 +16,8 @@ from jaxinfer.checkpoint.reader import BLOCK, Reader
 from jaxinfer.checkpoint.writer import chunk_shape, write_leaf
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.models.leaves import Leaf
-from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.parallel.placement import Parameter, Rules
 from jaxinfer.parallel.stages import balance, slots
 

@@ -18,7 +18,8 @@ from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.programs import Program, Programs
 from jaxinfer.models.families import from_hf
 from jaxinfer.parallel import all_reduce, peer
-from jaxinfer.parallel.mesh import make_mesh, parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.parallel.placement import Rules
 from jaxinfer.parallel.stages import balance
 

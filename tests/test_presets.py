@@ -21,7 +21,7 @@ from jaxinfer import generate, presets
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.engine.fit import check_model
 from jaxinfer.llm import LLM
-from jaxinfer.parallel.mesh import parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.stages import balance
 from jaxinfer.presets import PresetError, count_parameters, load_preset, names
 

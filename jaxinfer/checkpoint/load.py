@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.checkpoint.fill import Piece, fill
 from jaxinfer.checkpoint.reader import Reader
-from jaxinfer.parallel.mesh import AXES, mesh_sizes
+from jaxinfer.parallel.axes import AXES
+from jaxinfer.parallel.mesh import mesh_sizes
 from jaxinfer.parallel.placement import (
     MeshSizes,
     Parameter,

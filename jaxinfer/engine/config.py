@@ -17,7 +17,7 @@ class EngineConfig:
       mesh: sizes of the axes ``stage``, ``data``, ``tensor``; one left out is 1.
       dtype: of weights, activations and cache; None takes the checkpoint's.
       stage_layers: layers per stage; None balances them.
-      max_batch: sequences that decode at once, per data shard, at most; None takes 64, and with kernels up to 512,
+      max_batch: sequences that decode at once, per data shard, at most; None takes 64, and with kernels up to 1024,
         as many as the cache has room for.
       page_size: tokens per cache page.
       pages: cache pages per data shard; None fills what memory is left after the weights.
@@ -26,7 +26,7 @@ class EngineConfig:
       prefill_chunk: prompt tokens per prefill tick and data shard, at most; None takes 512, and with kernels as many as
         let matmuls run at full rate, where memory has room for them.
       prefill_ticks: prefill ticks of that size between two decode blocks while something decodes; None grows with
-        max_batch, so that slots are refilled as fast as they fall free.
+        max_batch, so that slots fill, and are refilled, before many steps run with few of them.
       max_context: prompt and output tokens of one request; None takes the model's.
       load_threads: threads of each process that read the checkpoint; None takes its cores, at most 8.
       load_format: ``checkpoint``, or ``dummy``: random weights, with nothing read but the manifest (and a tokenizer).
@@ -84,7 +84,8 @@ class EngineConfig:
 
     def ticks_per_block(self) -> int:
         """`prefill_ticks`, or what it is where none is set, once `prefill_chunk` and `max_batch` are known."""
-        return self.prefill_ticks or max(1, max(4, self.max_batch // 16) * 512 // max(512, self.prefill_chunk))
+        # many slots should be full before much is decoded: a step of few rows costs nearly what one of all does
+        return self.prefill_ticks or max(1, max(2048, self.max_batch * 256) // max(512, self.prefill_chunk))
 
     def table_widths(self, max_context: int) -> tuple[int, ...]:
         """Block table widths that programs are compiled for, in pages: each four times the one before."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import psutil
 
-from jaxinfer.parallel.mesh import LayoutError
+from jaxinfer.parallel.axes import LayoutError
 
 VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes where nobody says

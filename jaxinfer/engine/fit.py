@@ -12,7 +12,7 @@ from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.memory import DoesNotFit, MemoryPlan, choose_batch, choose_chunk, plan_memory
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.ops.cuda import Gpu
-from jaxinfer.parallel.mesh import LayoutError, mesh_text
+from jaxinfer.parallel.axes import LayoutError, mesh_text
 from jaxinfer.parallel.placement import MeshSizes, Rules, check_layout
 from jaxinfer.parallel.stages import balance, check_stage_layers
 

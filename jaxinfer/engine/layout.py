@@ -8,7 +8,7 @@ import jax
 
 from jaxinfer.engine.fit import check_model
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.parallel.mesh import LayoutError, choose_mesh
+from jaxinfer.parallel.axes import LayoutError, choose_mesh
 
 
 def auto_mesh(model: Mapping[str, Any], hosts: Sequence[str]) -> tuple[dict[str, int], str]:

@@ -13,12 +13,12 @@ import numpy as np
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import SCORED_TOGETHER
 from jaxinfer.engine.forward import Decoder
-from jaxinfer.parallel.mesh import LayoutError
+from jaxinfer.parallel.axes import LayoutError
 from jaxinfer.parallel.placement import MeshSizes, Parameter, Rules, local_shape, local_size
 
 MIB = 2**20
 SMALL_CHUNK, LARGE_CHUNK = 512, 8192  # tokens
-BATCHES = (64, 128, 256, 512)
+BATCHES = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from jaxinfer.engine.emit import Features
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.steps import DecodeInputs, PrefillInputs, State, decode_block, prefill_tick
 from jaxinfer.ops.sampling import SamplingArrays, sampling_arrays
-from jaxinfer.parallel.mesh import AXES, VOCAB_AXES, mesh_sizes
+from jaxinfer.parallel.axes import AXES, VOCAB_AXES
+from jaxinfer.parallel.mesh import mesh_sizes
 from jaxinfer.parallel.placement import Parameter, Rules, global_shape, local_size, partition_spec
 
 POOL = P("stage", "data", None, None, "tensor", None)

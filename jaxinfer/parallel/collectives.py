@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.parallel.all_reduce import peer_sum, shots
-from jaxinfer.parallel.mesh import VOCAB_AXES
+from jaxinfer.parallel.axes import VOCAB_AXES
 
 
 def tensor_sum(x: jax.Array, peers: jax.Array | None = None) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxinfer.ops import cuda
 from jaxinfer.parallel import all_reduce
-from jaxinfer.parallel.mesh import AXES
+from jaxinfer.parallel.axes import AXES
 
 RANKS = (2, 4, 8)
 ALREADY_ENABLED = 704  # CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from jax.sharding import PartitionSpec
 
-from jaxinfer.parallel.mesh import LayoutError
+from jaxinfer.parallel.axes import LayoutError
 
 MeshSizes = Mapping[str, int]
 SHOWN = 256  # ways; an MLP's width divides by many more

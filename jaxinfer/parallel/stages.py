@@ -1,6 +1,6 @@
 """Which layers each pipeline stage holds."""
 
-from jaxinfer.parallel.mesh import LayoutError
+from jaxinfer.parallel.axes import LayoutError
 
 
 def balance(layers: int, stages: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from math import prod
 
 import attrs
 
-from jaxinfer.parallel.mesh import LayoutError
+from jaxinfer.parallel.axes import LayoutError
 
 GIB = 1 << 30
 

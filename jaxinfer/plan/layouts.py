@@ -10,7 +10,7 @@ from jaxinfer.engine.device import FRAGMENTS, POOL_SHARE
 from jaxinfer.engine.fit import Fitted, fit, longest
 from jaxinfer.engine.memory import DoesNotFit, MemoryPlan
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.parallel.mesh import LayoutError, mesh_text
+from jaxinfer.parallel.axes import LayoutError, mesh_text
 from jaxinfer.plan.hardware import Gpus
 from jaxinfer.plan.predict import Place, Prediction, Workload, predict
 
