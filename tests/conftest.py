@@ -29,3 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("slurm") and shutil.which("srun") is None:
             item.add_marker(no_slurm)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A Hugging Face folder of a LLaMA of one layer."""
+    from hf_models import make_hf_folder  # with transformers, which few tests need
+
+    make_hf_folder(tmp_path / "hf", num_hidden_layers=1)
+    return tmp_path / "hf"
