@@ -188,6 +188,11 @@ def test_end_tokens_of_the_generation_config_count():
     assert from_hf(BASE | {"eos_token_id": None}).eos_token_ids == ()
 
 
+@pytest.mark.parametrize("empty", [None, {}])
+def test_no_overrides_per_layer_are_none(empty):
+    assert from_hf(BASE | {"per_layer_config": empty}) == from_hf(BASE)
+
+
 def test_config_survives_json():
     longrope = BASE | {"rope_scaling": {"rope_type": "longrope", **ROPES["longrope"]}}
     for hf in (BASE, longrope, BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 8}):
@@ -220,6 +225,7 @@ def test_config_survives_json():
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set per layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0"),
         ({"architectures": ["MistralForCausalLM"], "num_key_value_heads": ...}, "num_key_value_heads: .* nothing"),
+        ({"per_layer_config": {"1": {"sliding_window": 8}}}, "per_layer_config: .*'sliding_window': 8.* not supported"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_by_field(change, message):

@@ -43,6 +43,8 @@ def from_hf(hf: dict[str, Any], generation: dict[str, Any] | None = None) -> Mod
             raise ConfigError(f"architectures: {name!r} is not supported: {EVO2}")
     if architecture == "RWForCausalLM":
         raise ConfigError(f"architectures: {falcon.OLD}")
+    if overrides := hf.get("per_layer_config"):
+        raise ConfigError(f"per_layer_config: {overrides!r} is not supported: all layers have the same fields")
     return family(architecture).read(hf, generation or {})
 
 
