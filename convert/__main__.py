@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from textwrap import fill
 
 from tqdm import tqdm
 
@@ -12,12 +13,20 @@ from convert.source import open_source
 from convert.tensor import ConvertError
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.models.config import ConfigError
+from jaxinfer.models.families import FAMILIES
 from jaxinfer.presets import PresetError, count_parameters, load_preset
 
 DESCRIPTION = """\
-Converts a Hugging Face folder of the LLaMA family (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) to a
-jaxinfer checkpoint, which loads onto any mesh. Reads .safetensors, or PyTorch .bin files without running code from
-their pickle. Works tensor by tensor: any model fits in a few GB of memory."""
+Converts a Hugging Face folder to a jaxinfer checkpoint, which loads onto any mesh. Reads .safetensors, or PyTorch .bin
+files without running code from their pickle. Works tensor by tensor: any model fits in a few GB of memory.
+
+architectures:
+""" + fill(
+    ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES),
+    width=110,
+    initial_indent="  ",
+    subsequent_indent="  ",
+)
 
 EXAMPLES = """\
 examples:
