@@ -29,25 +29,37 @@ def case(seed, batch, kv_heads, group, width, page_size, pages, dtype):
     return q, *pools, tables, positions
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    batch=st.integers(1, 4),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 4, 8]),
-    width=st.sampled_from([16, 64, 100, 128, 256]),
-    page_size=st.sampled_from([4, 16]),
-    pages=st.integers(1, 12),
-    window=st.sampled_from([None, 1, 7, 40]),
-    scale=st.sampled_from([None, 0.3]),
-    softcap=st.sampled_from([None, 0.8, 5.0]),
-)
-def test_equals_the_plain_form(seed, batch, kv_heads, group, width, page_size, pages, window, scale, softcap):
-    arguments = case(seed, batch, kv_heads, group, width, page_size, pages, jnp.float32)
+ANY = {
+    "seed": st.integers(0, 2**32 - 1),
+    "batch": st.integers(1, 4),
+    "kv_heads": st.integers(1, 3),
+    "group": st.sampled_from([1, 2, 3, 4, 8]),
+    "width": st.sampled_from([16, 64, 100, 128, 256]),
+    "page_size": st.sampled_from([4, 16]),
+    "pages": st.integers(1, 12),
+    "window": st.sampled_from([None, 1, 7, 40]),
+}
+
+
+def equals_the_plain_form(window, scale, softcap, **sizes):
+    arguments = case(dtype=jnp.float32, **sizes)
     expected = paged_attention(*arguments, window, scale, softcap)
     found = decode_attention(*arguments, window, scale, softcap, interpret=not ON_GPU)
-    # on a GPU Triton multiplies float32 in tf32
-    np.testing.assert_allclose(found, expected, atol=2e-3 if ON_GPU else 1e-5)
+    # on a GPU Triton multiplies float32 in tf32; a large scale makes large scores, and their exponentials round more
+    np.testing.assert_allclose(found, expected, atol=2e-3 if ON_GPU else 2e-6 if scale is None else 1e-5)
+
+
+@settings(max_examples=3, deadline=None)
+@given(**ANY)
+def test_equals_the_plain_form(**drawn):
+    equals_the_plain_form(scale=None, softcap=None, **drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None)
+@given(**ANY, scale=st.sampled_from([None, 0.3]), softcap=st.sampled_from([None, 0.8, 5.0]))
+def test_equals_the_plain_form_scaled_and_capped(**drawn):
+    equals_the_plain_form(**drawn)
 
 
 @pytest.mark.parametrize(
