@@ -17,7 +17,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 
-MODEL=${MODEL:-build/tinystories}
+MODEL=${MODEL-build/tinystories}       # empty: options say --preset NAME --random-weights
 PROMPTS=${PROMPTS:-examples/tinystories/prompts.jsonl}
 RUN=${RUN:-runs/$SLURM_ARRAY_JOB_ID}   # parts/SHARD.jsonl and logs/SHARD/rank-TASK-NODE.log
 SHARDS=${SHARDS:-$((SLURM_ARRAY_TASK_MAX + 1))}
@@ -34,4 +34,5 @@ PART=$RUN/prompts/$SHARD.${PROMPTS##*.}
 # shellcheck disable=SC2086 # PYTHON may be several words
 $PYTHON -m slurm.shards split "$PROMPTS" --shard "$SHARD" --of "$SHARDS" --output "$PART"
 # shellcheck disable=SC2086
-run_step $PYTHON -m jaxinfer.generate --model "$MODEL" --prompts "$PART" --output "$OUTPUT" --mesh "$MESH" "$@"
+run_step $PYTHON -m jaxinfer.generate \
+  ${MODEL:+--model "$MODEL"} --prompts "$PART" --output "$OUTPUT" --mesh "$MESH" "$@"

@@ -16,7 +16,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-MODEL=${MODEL:-build/tinystories}
+MODEL=${MODEL-build/tinystories}       # empty: options say --preset NAME --random-weights
 PROMPTS=${PROMPTS:-examples/tinystories/prompts.jsonl}
 RUN=${RUN:-runs/$SLURM_JOB_ID}         # out.jsonl, out.metrics.json, out.run.json and logs/rank-TASK-NODE.log
 MESH=${MESH:-auto}                     # auto here: stage=2,tensor=4
@@ -28,4 +28,5 @@ set -euo pipefail
 OUTPUT=$RUN/out.jsonl LOGS=$RUN/logs
 . slurm/step.sh
 # shellcheck disable=SC2086 # PYTHON may be several words
-run_step $PYTHON -m jaxinfer.generate --model "$MODEL" --prompts "$PROMPTS" --output "$OUTPUT" --mesh "$MESH" "$@"
+run_step $PYTHON -m jaxinfer.generate \
+  ${MODEL:+--model "$MODEL"} --prompts "$PROMPTS" --output "$OUTPUT" --mesh "$MESH" "$@"

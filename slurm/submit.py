@@ -13,6 +13,8 @@ from typing import Any
 import attrs
 
 from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.checkpoint.manifest import read_manifest
+from jaxinfer.presets import load_preset
 from slurm import jobs, shards
 from slurm.follow import follow
 from slurm.presets import Cluster, PresetError, read_cluster
@@ -20,7 +22,8 @@ from slurm.render import FOLDER, render
 
 PROGRAM = "slurm.submit"
 SHOWN_LINES = 20
-OURS = ("--model", "--prompts", "--prompt", "--output", "--mesh")  # options of generate that this command gives
+# options of generate that this command gives
+OURS = ("--model", "--preset", "--random-weights", "--prompts", "--prompt", "--output", "--mesh")
 EXAMPLES = """
 examples:
   See the job script, submit nothing:
@@ -32,6 +35,9 @@ examples:
 
   The prompts in eight shards, a job of its own for each:
     ... --output-dir runs/first --array 8
+
+  A published model's speed without its weights (the prompts have prompt_token_ids alone):
+    ... --preset falcon-40b --random-weights --prompts in.jsonl --output-dir runs/speed
 
   Look again at a job that runs or has ended; collects what is there:
     python -m slurm.submit --follow runs/first
@@ -70,6 +76,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cluster", type=Path, metavar="FILE.yaml", help="preset, configs/clusters/*.yaml")
     parser.add_argument("--model", type=Path, metavar="CKPT_DIR", help="checkpoint folder of python -m convert")
+    what = "a model of configs/models: --model has to be it; without --model, --random-weights are its weights"
+    parser.add_argument("--preset", metavar="NAME", help=what)
+    parser.add_argument("--random-weights", action="store_true", help="weights made on the devices, none read")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="FILE.jsonl or FILE.txt")
     parser.add_argument("--output-dir", type=Path, metavar="RUN", help="folder of the run, on a shared file system")
     parser.add_argument("--mesh", default="auto", help="default: tensor inside a node, stage across nodes")
@@ -89,9 +98,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv[:cut])
     args.options = argv[cut + 1 :]
     if args.follow is None:
-        missing = [name for name in ("cluster", "model", "prompts", "output_dir") if getattr(args, name) is None]
+        missing = [name for name in ("cluster", "prompts", "output_dir") if getattr(args, name) is None]
         if missing:
             parser.error(f"--{missing[0].replace('_', '-')} is missing (or --follow RUN)")
+        if args.model is None and (args.preset is None or not args.random_weights):
+            parser.error("give --model CKPT_DIR, or --preset NAME --random-weights (or --follow RUN)")
     taken = next((word for word in args.options if word.split("=")[0] in OURS), None)
     if taken:
         parser.error(f"{taken} after --: give it before, or leave it to this command")
@@ -113,8 +124,7 @@ def _submit(args: argparse.Namespace) -> int:
         )
     if not total:
         raise UsageError(f"{args.prompts}: there is no prompt in it")
-    if not (args.model / "manifest.json").exists():
-        raise UsageError(f"{args.model}: no checkpoint (manifest.json is missing): python -m convert makes one")
+    _check_model(args)
     script = _script(args, cluster, run)
     if args.dry_run:
         print(script, end="")
@@ -137,11 +147,21 @@ def _submit(args: argparse.Namespace) -> int:
     return _follow(run, args.poll_s)
 
 
+def _check_model(args: argparse.Namespace) -> None:
+    if args.model is not None and not (args.model / "manifest.json").exists():
+        raise UsageError(f"{args.model}: no checkpoint (manifest.json is missing): python -m convert makes one")
+    if args.preset is not None:
+        with _usage():
+            preset = load_preset(args.preset)
+            manifest = preset.manifest if args.model is None else read_manifest(args.model)
+            preset.check_manifest(args.model or args.preset, manifest)
+
+
 def _script(args: argparse.Namespace, cluster: Cluster, run: Path) -> str:
     name = "generate-array.sh" if args.array else "generate-multi.sh" if cluster.nodes > 1 else "generate.sh"
     variables = {
         "RUN": str(run),
-        "MODEL": str(args.model.absolute()),
+        "MODEL": "" if args.model is None else str(args.model.absolute()),
         "PROMPTS": str(args.prompts.absolute()),
         "MESH": args.mesh,
         "PYTHON": cluster.python,
@@ -152,7 +172,8 @@ def _script(args: argparse.Namespace, cluster: Cluster, run: Path) -> str:
         sbatch += [f"--array=0-{args.array - 1}", f"--output={run}/job-%a.log"]
     else:
         sbatch.append(f"--output={run}/job.log")
-    return render(name, cluster, args.cluster, sbatch, variables, args.options)
+    model = ([] if args.preset is None else ["--preset", args.preset]) + ["--random-weights"] * args.random_weights
+    return render(name, cluster, args.cluster, sbatch, variables, model + args.options)
 
 
 def _refuse_running(run: Path) -> None:

@@ -159,6 +159,47 @@ def test_script_ends_as_the_one_for_hands(model, prompts, tmp_path):
         assert made.split(mark)[1] == (ROOT / "slurm" / name).read_text().split(mark)[1]
 
 
+def without_model(prompts, folder, *arguments) -> tuple:
+    place = ("--cluster", GENERIC, "--prompts", prompts, "--output-dir", folder, "--poll-s", "0.3")
+    return (*place, *arguments)
+
+
+@pytest.mark.parametrize("more", [(), ("--nodes", 2), ("--array", 2)], ids=["plain", "nodes", "array"])
+def test_a_preset_takes_the_place_of_a_model(prompts, tmp_path, more):
+    arguments = ("--preset", "tiny", "--random-weights", *more, "--dry-run", "--", "--n", "2")
+    done = run(*without_model(prompts, tmp_path / "run", *arguments))
+    assert done.returncode == 0, done.stderr
+    assert "\nset -- --preset tiny --random-weights --n 2\n" in done.stdout
+    # the job's own line, with a word for run_step's command
+    line = done.stdout[done.stdout.rindex("run_step $PYTHON") :]
+    settings = done.stdout.split("# ---- the job")[0] + "PART=part OUTPUT=out\nrun_step() { printf '%s\\n' \"$*\"; }\n"
+    shown = subprocess.run(["bash", "-uc", settings + line], capture_output=True, text=True, check=True).stdout
+    assert "--model" not in shown and shown.endswith("--mesh auto --preset tiny --random-weights --n 2\n")
+
+
+def test_a_preset_with_its_model(model, prompts, tmp_path):
+    arguments = round_of(model, prompts, tmp_path / "run", "--preset", "tiny", "--dry-run")
+    done = run(*arguments)
+    assert done.returncode == 2 and f"{model}: not what preset tiny expects: vocab_size: found 96, " in done.stderr
+    done = run(*round_of(model, prompts, tmp_path / "run", "--random-weights", "--dry-run"))
+    assert done.returncode == 0 and f"\nMODEL={model}\n" in done.stdout and "\nset -- --random-weights\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --model CKPT_DIR, or --preset NAME --random-weights"),
+        (("--preset", "tiny"), "give --model CKPT_DIR, or --preset NAME --random-weights"),
+        (("--preset", "falcon-4b", "--random-weights"), "unknown 'falcon-4b'; did you mean falcon-40b"),
+        (("--preset", "tiny", "--", "--random-weights"), "give --model"),
+    ],
+)
+def test_mistakes_about_presets_take_one_line(prompts, tmp_path, arguments, message):
+    done = run(*without_model(prompts, tmp_path / "run", *arguments))
+    lines = [line for line in done.stderr.splitlines() if not line.startswith((" ", "usage:"))]
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,6 +209,7 @@ def test_script_ends_as_the_one_for_hands(model, prompts, tmp_path):
         (("--cluster", "none.yaml"), "none.yaml: No such file or directory"),
         (("--time", "soon"), "generic.yaml: time: found 'soon', legal is"),
         (("--array", "0"), "--array: found 0, legal is 1 or more"),
+        (("--", "--preset", "tiny"), "--preset after --: give it before, or leave it"),
         (("--", "--output", "x"), "--output after --: give it before, or leave it"),
         (("--follow", "none"), "none: submit.json is missing: no job was submitted"),
     ],
@@ -237,6 +279,16 @@ def test_whole_round(bed, submit, tmp_path):
     # the same command once more: nothing is left to do
     assert "is complete" in submit(tmp_path / "run", "--", "--max-new-tokens", "10")
     assert ids(tmp_path / "run" / "out.jsonl") == list(range(1, 9))
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_whole_round_of_a_preset(bed, prompts, tmp_path):
+    arguments = ("--preset", "tiny", "--random-weights", *CPU, "--", "--max-new-tokens", "10")
+    done = bed.run(command(*without_model(prompts, tmp_path / "run", *arguments)), cwd=ROOT, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert ids(tmp_path / "run" / "out.jsonl") == list(range(1, 9))
+    bed.clear()
 
 
 @pytest.mark.slurm
