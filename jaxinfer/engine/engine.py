@@ -26,6 +26,7 @@ from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.fit import fit_or_advise
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.memory import explained
+from jaxinfer.engine.programs import Program
 from jaxinfer.engine.request import Request, Stats, Update
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
@@ -33,7 +34,8 @@ from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
 from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence, State
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.ops.cuda import gpu
-from jaxinfer.parallel.mesh import make_mesh, mesh_sizes, parse_mesh
+from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.parallel.mesh import make_mesh, mesh_sizes
 from jaxinfer.parallel.peer import connect
 from jaxinfer.parallel.placement import Rules
 from jaxinfer.telemetry import ranges
@@ -80,8 +82,8 @@ class Engine:
         beat("load", 0, False)
         config = replace(config, memory_fraction=min(config.memory_fraction, share))
         fitted = fit_or_advise(model, config, sizes, self.dtype, device, self.max_context, limit, gpu(device))
-        decoder, self.config, self.memory = fitted.decoder, fitted.config, fitted.memory
-        config, self.stage_layers = self.config, decoder.stage_layers
+        self.fitted, self.config, self.memory = fitted, fitted.config, fitted.memory
+        decoder, config, self.stage_layers = fitted.decoder, self.config, fitted.decoder.stage_layers
         self.stats = Stats()
         self._beat, self.steps = beat, 0
         self.decode_sum = "psum"  # over `tensor`: by which way; with the reason where kernels are on and it is psum
@@ -251,6 +253,10 @@ class Engine:
         if len(self._in_flight) < 2 and dispatch is not None:
             return []
         return self._read(*self._in_flight.popleft())
+
+    def compiled(self) -> dict[Program, jax.stages.Compiled]:
+        """The programs so far; waits for those that are being compiled."""
+        return self._runner.programs.compiled()
 
     def wait(self) -> None:
         """Until the devices have done what was enqueued."""

@@ -154,7 +154,9 @@ def plan_memory(
 
     needed = ceil(max_context / config.page_size) + 1
     useful = config.max_batch * ceil(max_context / config.page_size) + 1
-    budget = int(limit * config.memory_fraction) - weights - workspace
+    # one row may decode alone at the end, whatever the batch
+    alone = _one_row(decoder, rules, sizes, item)
+    budget = int(limit * config.memory_fraction) - weights - max(workspace, alone)
     if config.pages is not None and config.pages < needed:
         raise LayoutError(
             f"pages: {config.pages} is too few for one context of {max_context} tokens; legal: at least {needed} pages "
@@ -201,7 +203,16 @@ def _workspace(
     between = sum(rows * tokens for rows, tokens in shapes) * model.hidden_size * item
     logits = 3 * 4 * max(rows, min(chunk, SCORED_TOGETHER)) * vocabulary
     if decoder.kernels != "off" and not model.alibi:
-        return activations + between + logits
+        found = activations + between + logits
+        return found if config.max_batch > 1 else max(found, _one_row(decoder, rules, sizes, item))
     gathered = 2 * 2 * rows * max_context * kv_heads * model.head_dim * item
     scores = 3 * 4 * heads * chunk * max_context
     return activations + between + logits + gathered + scores
+
+
+def _one_row(decoder: Decoder, rules: Rules, sizes: MeshSizes, item: int) -> int:
+    """What XLA takes on a GPU while it looks for the best form of one row times the head: forms that write the weight
+    out in float32 are among those that it tries."""
+    model = decoder.config
+    head = local_size("vocab", model.vocab_size, rules, sizes) * (model.embed_width or model.hidden_size)
+    return head * (item + 4) if decoder.kernels == "on" and item < 4 else 0

@@ -14,7 +14,7 @@ from jaxinfer.cluster.cpu import ThreadPoolError
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.engine.config import DTYPES, EngineConfig
 from jaxinfer.options import Parser, add_process_options
-from jaxinfer.parallel.mesh import LayoutError, parse_mesh
+from jaxinfer.parallel.axes import LayoutError, parse_mesh
 from jaxinfer.plan.advice import advise
 from jaxinfer.plan.hardware import GPUS, Gpus, parse_gpus
 from jaxinfer.plan.layouts import Ask, Layout, consider, largest_batch, largest_context, meshes, rank
@@ -96,13 +96,20 @@ def main() -> None:
     try:
         source = read_source(args.preset, args.model, args.config)
         if args.check:
-            from jaxinfer.plan.check import check
-
-            sys.exit(check(args, source))
+            sys.exit(_check(args, source))
         sys.exit(plan(args, source))
     except (ValueError, OSError, ClusterError, ThreadPoolError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check(args: argparse.Namespace, source: Source) -> int:
+    from jaxinfer.plan.check import check, here, start
+
+    start(args)
+    gpus = here()
+    ask, _ = question(args, source, gpus is None or gpus.type.bfloat16)
+    return check(args, source, ask)
 
 
 def plan(args: argparse.Namespace, source: Source) -> int:
