@@ -21,7 +21,8 @@ class EngineConfig:
         as many as the cache has room for.
       page_size: tokens per cache page.
       pages: cache pages per data shard; None fills what memory is left after the weights.
-      memory_fraction: share of a device's memory that weights and cache may take.
+      memory_fraction: share of a device's whole memory that weights, workspace and cache may take, where JAX has taken
+        as much (`device.claim_memory`).
       decode_steps: decode steps per dispatch.
       prefill_chunk: prompt tokens per prefill tick and data shard, at most; None takes 512, and with kernels as many as
         let matmuls run at full rate, where memory has room for them.

@@ -53,8 +53,10 @@ def claim_memory() -> None:
         return
     import jax
 
-    try:  # it may be set, even to what it is, only before JAX starts
-        jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices)
+    name, was = "jax_num_cpu_devices", jax.config.jax_num_cpu_devices
+    try:  # another number is refused once JAX runs
+        jax.config.update(name, was + 2)
+        jax.config.update(name, was)
     except RuntimeError:
         return
     os.environ[VARIABLES[0]] = str(POOL_SHARE)
