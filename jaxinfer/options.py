@@ -117,9 +117,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     what = "folder that keeps compiled programs for later runs, or none (default: ~/.cache/jaxinfer/xla on GPUs)"
     group.add_argument("--compile-cache", metavar="DIR", help=what)
     share = config.memory_fraction
-    what = (
-        f"share of each GPU for weights, workspace and cache (default: {share}); JAX takes a little more, 0.93, unless "
-    )
+    what = f"share of each GPU for weights, workspace and cache (default: {share}); JAX takes 0.93 of it, unless "
     what += "XLA_CLIENT_MEM_FRACTION says how much"
     group.add_argument("--memory-fraction", type=float, default=share, metavar="X", help=what)
 
