@@ -24,6 +24,7 @@ from jaxinfer.cluster import distributed
 from jaxinfer.cluster.cpu import ThreadPoolError, use_virtual_devices
 from jaxinfer.cluster.launch import find_launch
 from jaxinfer.cluster.slurm import ClusterError
+from jaxinfer.engine.device import claim_memory
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.options import Parser, add_process_options
 from jaxinfer.parallel.axes import mesh_text, parse_mesh
@@ -152,6 +153,7 @@ def user_errors(name: str) -> Iterator[None]:
 
 def start(args: argparse.Namespace) -> None:
     """Virtual devices or other processes, where the options or Slurm say so; before JAX starts."""
+    claim_memory()
     if args.cpu_devices is not None:
         use_virtual_devices(args.cpu_devices)
     launch = find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)
