@@ -435,8 +435,7 @@ def _load(run: Run, meanwhile: Callable[[Any], None]) -> Any:
             llm.engine.wait_loaded()
     except UserError as error:
         virtual = jax.default_backend() == "cpu" and args.cpu_devices is None and "devices, found" in str(error)
-        table = error.table if run.first else ""  # the same on all
-        raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}", table) from error
+        raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}", error.table) from error
     finally:
         bar.close()
     if shown and len(hosts) > 1:

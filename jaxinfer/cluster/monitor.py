@@ -131,6 +131,8 @@ class Monitor:
                 await self._print_stacks()
             # no more of it after the last line; dead it would take JAX's coordinator along, and the others would abort
             self._signal_worker(signal.SIGSTOP)
+            if verdict.table:
+                print(verdict.table, file=sys.stderr, flush=True)
             self._say(verdict.text)
         left = await hub.end(verdict, FAREWELL_SECONDS)
         self._kill()

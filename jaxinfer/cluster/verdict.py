@@ -56,12 +56,13 @@ class Rank:
 
 @attrs.frozen
 class Verdict:
-    """The ranks to blame, the text for the user, and the status that everybody exits with."""
+    """The ranks to blame, the text for the user with a table that belongs before it, and everybody's exit status."""
 
     ranks: tuple[int, ...]
     text: str
     status: int = 1
     stuck: bool = False
+    table: str = ""
 
 
 def judge(ranks: Sequence[Rank], limits: Limits) -> Verdict | None:
@@ -85,7 +86,8 @@ def _ended(ranks: Sequence[Rank]) -> Verdict | None:
         return Verdict((rank.process_id,), f"{rank.name} died in {rank.place}: {_signal(rank)}")
     text = rank.failure or f"exit status {rank.ended}"
     if rank.ended == 2:  # the user's to mend: what to mend comes first
-        return Verdict((rank.process_id,), f"error: {text} ({rank.name}, in {rank.phase})", status=2)
+        text, _, table = text.partition("\n")
+        return Verdict((rank.process_id,), f"error: {text} ({rank.name}, in {rank.phase})", status=2, table=table)
     return Verdict((rank.process_id,), f"{rank.name} failed in {rank.place}: {text}")
 
 

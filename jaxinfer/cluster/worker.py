@@ -43,8 +43,8 @@ def run_worker(work: Callable[[], int], fail: Callable[[str], None], rank: str) 
     """Runs `work` and ends this process with its status, at once: an exit of the interpreter would wait in JAX for
     other processes that may be gone.
 
-    A UserError is told to `fail` (process 0 shows it), and its table printed; any other exception, of any thread, is
-    printed, each line with the rank.
+    A UserError is told to `fail`, its table in the lines after its text (process 0 shows both, once); any other
+    exception, of any thread, is printed, each line with the rank.
     """
 
     def show(lines: list[str]) -> None:
@@ -67,8 +67,7 @@ def run_worker(work: Callable[[], int], fail: Callable[[str], None], rank: str) 
     try:
         end(work())
     except UserError as error:
-        show(error.table.splitlines())
-        fail(" ".join(str(error).split()))
+        fail("\n".join([" ".join(str(error).split()), *error.table.splitlines()]))
         end(2)
     except SystemExit as error:
         end(error.code if isinstance(error.code, int) else 1)

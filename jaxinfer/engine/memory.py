@@ -55,7 +55,7 @@ class MemoryPlan:
             ("workspace", self.workspace, "activations, logits"),
             ("cache", self.cache, f"{self.pages:,} pages of {self.page_size} tokens"),
             ("headroom", self.headroom, "" if self.headroom >= 0 else "does not fit"),
-            ("limit", int(self.limit * self.share), f"{self.share:.0%} of {self.limit / MIB:,.0f} MiB"),
+            ("limit", int(self.limit * self.share), f"{100 * self.share:.3g}% of {self.limit / MIB:,.0f} MiB"),
         ]
 
     def __str__(self) -> str:
@@ -166,11 +166,12 @@ def plan_memory(
     pages = int(config.pages or min(useful, max(needed, budget // page)))
     plan = MemoryPlan(weights, page, workspace, pages, config.page_size, limit, config.memory_fraction)
     if plan.headroom < 0:
+        share = f"{100 * config.memory_fraction:.3g}% of {limit / MIB:.0f}"
         raise DoesNotFit(
             f"memory: needs {plan.needed / MIB:.0f} MiB per device "
             f"(weights {weights / MIB:.0f}, workspace {workspace / MIB:.0f}, cache {plan.cache / MIB:.0f}: {pages} "
             f"pages of {config.page_size} tokens, {needed} for a context of {max_context}), but "
-            f"{config.memory_fraction:.0%} of {limit / MIB:.0f} MiB is {limit * config.memory_fraction / MIB:.0f}",
+            f"{share} MiB is {limit * config.memory_fraction / MIB:.0f}",
             plan,
         )
     return plan
