@@ -80,6 +80,8 @@ def test_nothing_ran():
         ("NVIDIA A100-SXM4-80GB", 2039),
         ("NVIDIA A100 80GB PCIe", 1935),
         ("NVIDIA A100-PCIE-40GB", 1555),
+        ("NVIDIA A100-SXM-64GB", 1640),
+        ("AMD Instinct MI250X", 1638),
         ("Tesla V100-SXM2-32GB", 900),
         ("Tesla T4", 320),
         ("NVIDIA L40S", 864),

@@ -1,10 +1,11 @@
 """GPU types, as data: what the driver and the datasheets say of them.
 
-`memory` is what CUDA reports as total where it is least (ECC on, newest drivers); bandwidths and matmul rates are the
-manufacturers' (dense, SXM where there are several forms), but T4 stands with half of its 65 TFLOP/s, which 70 W do not
-sustain (assumed); the shares of them that programs reach are in predict.py. Links are per GPU and direction. Between
-nodes they are an assumption: InfiniBand at 200 Gbit/s per GPU, half of that for V100 and A100-64 (Leonardo's nodes),
-10-Gbit Ethernet for T4. The latencies are those of NCCL's small all-reduces: measured on H200, assumed elsewhere.
+`memory` is what CUDA reports as total where it is least (ECC on, newest drivers); bandwidths (telemetry/peaks.py) and
+matmul rates are the manufacturers' (dense, SXM where there are several forms), but T4 stands with half of its 65
+TFLOP/s, which 70 W do not sustain (assumed); the shares of them that programs reach are in predict.py. Links are per
+GPU and direction. Between nodes they are an assumption: InfiniBand at 200 Gbit/s per GPU, half of that for V100 and
+A100-64 (Leonardo's nodes), 10-Gbit Ethernet for T4. The latencies are those of NCCL's small all-reduces: measured on
+H200, assumed elsewhere.
 """
 
 import re
@@ -14,6 +15,7 @@ from math import prod
 import attrs
 
 from jaxinfer.parallel.axes import LayoutError
+from jaxinfer.telemetry.peaks import memory_bandwidth
 
 GIB = 1 << 30
 
@@ -56,12 +58,12 @@ class GpuType:
         return "bfloat16" in self.matmul
 
 
-def _type(name, kind, capability, gib, gigabytes_per_s, half, single, per_node, inside, between, note="") -> GpuType:
+def _type(name, kind, capability, gib, half, single, per_node, inside, between, note="") -> GpuType:
     matmul = {"float16": half * 1e12, "float32": single * 1e12}
     if not capability.startswith("7"):
         matmul["bfloat16"] = half * 1e12
-    memory, bandwidth = int(gib * GIB), gigabytes_per_s * 1e9
-    return GpuType(name, kind, capability, memory, bandwidth, matmul, per_node, inside, between, note)
+    memory = int(gib * GIB)
+    return GpuType(name, kind, capability, memory, memory_bandwidth(kind), matmul, per_node, inside, between, note)
 
 
 NO_KERNELS = "compute capability below 8.0: no bfloat16, no hand-written kernels"
@@ -70,15 +72,15 @@ ROCM = "one GCD of two; jaxinfer has not been run on ROCm, and has no kernels th
 GPUS = {
     each.name: each
     for each in (
-        _type("T4", "Tesla T4", "7.5", 14.56, 320, 32, 8.1, 1, PCIE_3, ETHERNET, NO_KERNELS),
-        _type("V100-16", "Tesla V100-SXM2-16GB", "7.0", 15.77, 900, 125, 15.7, 4, NVLINK_2, HDR100, NO_KERNELS),
-        _type("V100-32", "Tesla V100-SXM2-32GB", "7.0", 31.73, 900, 125, 15.7, 4, NVLINK_2, HDR100, NO_KERNELS),
-        _type("A100-40", "NVIDIA A100-SXM4-40GB", "8.0", 39.38, 1555, 312, 19.5, 8, NVLINK_3, HDR),
-        _type("A100-64", "NVIDIA A100-SXM-64GB", "8.0", 63.42, 1640, 358, 22.4, 4, NVLINK_3, HDR100, "124 SMs, custom"),
-        _type("A100-80", "NVIDIA A100-SXM4-80GB", "8.0", 79.14, 2039, 312, 19.5, 8, NVLINK_3, HDR),
-        _type("H100", "NVIDIA H100 80GB HBM3", "9.0", 79.1, 3350, 989, 67, 8, NVLINK_4, HDR),
-        _type("H200", "NVIDIA H200", "9.0", 139.72, 4800, 989, 67, 8, NVLINK_4, HDR),
-        _type("MI250X", "AMD Instinct MI250X", "gfx90a", 63.98, 1638, 191.5, 23.9, 8, INFINITY, HDR, ROCM),
+        _type("T4", "Tesla T4", "7.5", 14.56, 32, 8.1, 1, PCIE_3, ETHERNET, NO_KERNELS),
+        _type("V100-16", "Tesla V100-SXM2-16GB", "7.0", 15.77, 125, 15.7, 4, NVLINK_2, HDR100, NO_KERNELS),
+        _type("V100-32", "Tesla V100-SXM2-32GB", "7.0", 31.73, 125, 15.7, 4, NVLINK_2, HDR100, NO_KERNELS),
+        _type("A100-40", "NVIDIA A100-SXM4-40GB", "8.0", 39.38, 312, 19.5, 8, NVLINK_3, HDR),
+        _type("A100-64", "NVIDIA A100-SXM-64GB", "8.0", 63.42, 358, 22.4, 4, NVLINK_3, HDR100, "124 SMs, custom"),
+        _type("A100-80", "NVIDIA A100-SXM4-80GB", "8.0", 79.14, 312, 19.5, 8, NVLINK_3, HDR),
+        _type("H100", "NVIDIA H100 80GB HBM3", "9.0", 79.1, 989, 67, 8, NVLINK_4, HDR),
+        _type("H200", "NVIDIA H200", "9.0", 139.72, 989, 67, 8, NVLINK_4, HDR),
+        _type("MI250X", "AMD Instinct MI250X", "gfx90a", 63.98, 191.5, 23.9, 8, INFINITY, HDR, ROCM),
     )
 }
 SAME = {"V100": "V100-32", "H100-80": "H100", "H200-141": "H200"}
