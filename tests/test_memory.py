@@ -19,7 +19,7 @@ import pytest
 
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.device import FRAGMENTS, JAX_SHARE, POOL_SHARE, VARIABLES, device_memory
-from jaxinfer.engine.fit import fit, fit_or_advise
+from jaxinfer.engine.fit import advice, fit, fit_or_advise
 from jaxinfer.engine.memory import DoesNotFit
 from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.plan.hardware import GPUS
@@ -132,6 +132,31 @@ def test_what_is_refused_says_what_fits_and_that_fits():
         fit(model, less, *rest[:3], context + 16, rest[4])
 
 
+def test_the_default_share_lies_within_what_jax_is_asked_for():
+    assert EngineConfig().memory_fraction < POOL_SHARE * (1 - FRAGMENTS)
+
+
+def test_what_fits_on_a_card_without_kernels_and_a_little_more_does_not():
+    """The plain form of attention gathers the pages of every row."""
+    model, card, one = load_preset("openllama-7b").model, GPUS["T4"], parse_mesh("")
+    where = model, EngineConfig(), one, "float16", card, 2048, card.memory
+    with pytest.raises(DoesNotFit, match="weights 12853"):
+        fit(*where)
+    small, more = advice(*where)
+    context, batch, chunk = map(int, re.findall(r"\d+", small))
+    assert small == f"--max-context {context} --max-batch {batch} --prefill-chunk {chunk}"
+    assert more == "2 devices (--mesh tensor=2)"
+    less = EngineConfig(max_batch=batch, prefill_chunk=chunk)
+    assert fit(model, less, one, "float16", card, context, card.memory).memory.headroom >= 0
+    with pytest.raises(DoesNotFit):
+        fit(model, less, one, "float16", card, context + 16, card.memory)
+
+
+def test_a_smaller_dtype_is_named_where_float32_is_too_much():
+    model, card, one = load_preset("openllama-13b").model, GPUS["A100-40"], parse_mesh("")
+    assert "--dtype bfloat16" in advice(model, EngineConfig(), one, "float32", card, 2048, card.memory)
+
+
 def words(folder: Path, *more) -> list[str]:
     prompts = folder / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt_token_ids": [5, 60, 33]}))
@@ -181,6 +206,14 @@ def test_generate_refuses_before_weights_load(tmp_path):
     assert rows(lines) == TABLE and len(lines) == 7, "no bar of weights that load"
 
 
+def test_too_many_pages_are_refused_with_the_number_that_fits(tmp_path):
+    error, lines = error_of(generate(tmp_path, "--pages", 100_000_000))
+    assert rows(lines) == TABLE
+    assert "does not fit" in lines[-3] and "100,000,000 pages of 16 tokens" in lines[-4]
+    found = re.search(r"Fits: --pages (\d+)$", error)
+    assert found and 257 < int(found[1]) < 100_000_000
+
+
 @pytest.mark.slow
 def test_what_the_refusal_advises_runs(tmp_path):
     output = tmp_path / "out.jsonl"
@@ -191,20 +224,34 @@ def test_what_the_refusal_advises_runs(tmp_path):
     assert len(output.read_text().splitlines()) == 1
 
 
-@large_enough
 @pytest.mark.slow
-def test_running_out_ends_with_the_plan_and_the_number_to_change(tmp_path):
-    error, lines = error_of(generate(tmp_path, "--pages", TOO_MANY, room=ROOM))
+@pytest.mark.parametrize("monitored", [False, True], ids=["alone", "monitored"])
+def test_running_out_ends_with_the_plan_and_the_numbers_to_change(tmp_path, monitored):
+    if 0.8 * TOTAL < 1.2 * ROOM:
+        pytest.skip("needs a host with 8 GiB")
+    more = ("--coordinator", free_address(), "--num-processes", 1, "--process-id", 0) if monitored else ()
+    error, lines = error_of(generate(tmp_path, "--pages", TOO_MANY, "--max-batch", 4, *more, room=ROOM))
     assert re.search(r"memory: a device's memory ran out in load \([\d,]+ MiB more were asked for\), beside the", error)
     assert f"change --pages below {TOO_MANY}, or none: they take what is left" in error
+    assert "--max-batch 2 (it was 4)" in error and error.endswith("in load)") == monitored
     assert rows(lines) == TABLE
 
 
-def two(folder: Path, rooms: tuple[int | None, int | None], *more) -> list[subprocess.Popen]:
+@pytest.mark.slow
+def test_with_room_the_same_command_runs(tmp_path):
+    process = generate(tmp_path, "--pages", 300, "--max-batch", 4, room=ROOM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    where = "--mesh", "stage=2", "--coordinator", address, "--num-processes", 2, "--process-id"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def two(folder: Path, rooms: tuple[int | None, int | None], *more) -> list[subprocess.Popen]:
+    where = "--mesh", "stage=2", "--coordinator", free_address(), "--num-processes", 2, "--process-id"
     return [generate(folder, *more, *where, rank, room=room) for rank, room in enumerate(rooms)]
 
 
