@@ -10,6 +10,7 @@ import attrs
 import yaml
 
 from jaxinfer.checkpoint.manifest import Manifest
+from jaxinfer.checks import check
 from jaxinfer.engine.config import DTYPES
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf, leaves
@@ -23,23 +24,13 @@ class PresetError(ValueError):
     """No such preset, a preset file that cannot be used, or a model that is not the preset's: says what is legal."""
 
 
-def _check(legal: str, holds):
-    """A validator that says what is legal."""
-
-    def validate(instance: Any, field: attrs.Attribute, value: Any) -> None:
-        if not holds(value):
-            raise ValueError(f"{field.name}: found {value!r}, legal is {legal}")
-
-    return validate
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-COUNT = _check("a whole number from 1", lambda value: type(value) is int and value > 0)
-TEXT = _check("a text", _is_text)
-MAPPING = _check("NAME: VALUE pairs", lambda value: isinstance(value, dict) and all(map(_is_text, value)))
+COUNT = check("a whole number from 1", lambda value: type(value) is int and value > 0)
+TEXT = check("a text", _is_text)
+MAPPING = check("NAME: VALUE pairs", lambda value: isinstance(value, dict) and all(map(_is_text, value)))
 
 
 @attrs.frozen
@@ -79,10 +70,10 @@ class Preset:
     """
 
     name: str
-    repository: str | None = attrs.field(validator=_check("a text or null", lambda it: it is None or _is_text(it)))
+    repository: str | None = attrs.field(validator=check("a text or null", lambda it: it is None or _is_text(it)))
     licence: str = attrs.field(validator=TEXT)
     parameters: int = attrs.field(validator=COUNT)
-    dtype: str = attrs.field(validator=_check(" or ".join(DTYPES), lambda value: value in DTYPES))
+    dtype: str = attrs.field(validator=check(" or ".join(DTYPES), lambda value: value in DTYPES))
     layouts: dict[str, Layout] = attrs.field(converter=_layouts, validator=MAPPING)
     config: dict[str, Any] = attrs.field(validator=MAPPING)
 

@@ -8,22 +8,14 @@ from typing import Any
 import attrs
 import yaml
 
+from jaxinfer.checks import check
+
 GPU_OPTIONS = ("gres", "gpus-per-node", "gpus-per-task", "none")
 TASKS_PER = ("gpu", "node")
 
 
 class PresetError(ValueError):
     """A preset that cannot be used: file, field, what was found, what is legal."""
-
-
-def _check(legal: str, holds):
-    """A validator that says what is legal."""
-
-    def validate(instance: Any, field: attrs.Attribute, value: Any) -> None:
-        if not holds(value):
-            raise ValueError(f"{field.name}: found {value!r}, legal is {legal}")
-
-    return validate
 
 
 def _is_text(value: Any) -> bool:
@@ -35,22 +27,22 @@ def _is_count(least: int):
 
 
 def _text(default: Any = attrs.NOTHING, help: str = ""):
-    return attrs.field(default=default, validator=_check("a text of one line", _is_text), metadata={"help": help})
+    return attrs.field(default=default, validator=check("a text of one line", _is_text), metadata={"help": help})
 
 
 def _optional(help: str):
-    check = _check("null or a text of one line", lambda value: value is None or _is_text(value))
-    return attrs.field(default=None, validator=check, metadata={"help": help})
+    validator = check("null or a text of one line", lambda value: value is None or _is_text(value))
+    return attrs.field(default=None, validator=validator, metadata={"help": help})
 
 
 def _count(default: int, least: int, help: str):
-    check = _check(f"a whole number from {least}", _is_count(least))
-    return attrs.field(default=default, validator=check, metadata={"help": help})
+    validator = check(f"a whole number from {least}", _is_count(least))
+    return attrs.field(default=default, validator=validator, metadata={"help": help})
 
 
 def _choice(default: str, choices: tuple[str, ...], help: str):
-    check = _check(" or ".join(choices), lambda value: value in choices)
-    return attrs.field(default=default, validator=check, metadata={"help": help, "choices": choices})
+    validator = check(" or ".join(choices), lambda value: value in choices)
+    return attrs.field(default=default, validator=validator, metadata={"help": help, "choices": choices})
 
 
 def _is_env(value: Any) -> bool:
@@ -60,7 +52,7 @@ def _is_env(value: Any) -> bool:
     )
 
 
-LINES = _check(
+LINES = check(
     "a list of texts of one line", lambda value: isinstance(value, list) and all(_is_text(each) for each in value)
 )
 TIME = r"(\d+-)?\d{1,3}(:\d{2}){0,2}"
@@ -81,12 +73,12 @@ class Cluster:
     tasks_per: str = _choice("gpu", TASKS_PER, "one task per GPU or one per node")
     cpus_per_node: int = _count(1, 1, "CPU cores of a node, shared by its tasks")
     memory: str = attrs.field(
-        validator=_check('a text such as "200G"; "0" is all', lambda value: re.fullmatch(r"\d+[KMGT]?", str(value))
+        validator=check('a text such as "200G"; "0" is all', lambda value: re.fullmatch(r"\d+[KMGT]?", str(value))
                          and isinstance(value, str)),
         metadata={"help": "memory of a node, 200G say"},
     )  # fmt: skip
     time: str = attrs.field(
-        validator=_check(
+        validator=check(
             'a text such as "24:00:00" or "2-12:00:00", in quotes',
             lambda value: isinstance(value, str) and re.fullmatch(TIME, value),
         ),
@@ -96,7 +88,7 @@ class Cluster:
     sbatch: list[str] = attrs.field(factory=list, validator=LINES)
     modules: list[str] = attrs.field(factory=list, validator=LINES)
     setup: list[str] = attrs.field(factory=list, validator=LINES)
-    env: dict[str, str] = attrs.field(factory=dict, validator=_check('NAME: "text" pairs, numbers in quotes', _is_env))
+    env: dict[str, str] = attrs.field(factory=dict, validator=check('NAME: "text" pairs, numbers in quotes', _is_env))
     python: str = _text(".venv/bin/python", "Python on the nodes, or 'apptainer exec --nv IMAGE.sif python3'")
     options: list[str] = attrs.field(factory=list, validator=LINES)
 

@@ -64,9 +64,6 @@ class Block(nnx.Module):
         self.config = config
         declare(self, self.arrays, table, layers=layers)
 
-    def __call__(self, x: jax.Array, delta: jax.Array | None, ops: Ops) -> tuple[jax.Array, jax.Array | None]:
-        raise NotImplementedError
-
     def matmul(self, x: jax.Array, name: str, reduce: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """x [B, T, in] times the array, summed over ``tensor`` where a row-cut one needs it, plus its bias if any."""
         out = linear(x, getattr(self, name)[...])
