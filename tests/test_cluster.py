@@ -134,6 +134,24 @@ def test_two_processes_meet_and_part():
     assert all(out.endswith("6\n") for _, out, _ in both), both  # the collectives' library prints before it
 
 
+def test_a_connection_that_says_nothing_leaves_no_trace():
+    address = f"127.0.0.1:{free_port()}"
+    host, port = address.split(":")
+    first = rank(address, 0)
+    until = time.monotonic() + 60
+    while True:  # until rank 0 listens
+        try:
+            silent = socket.create_connection((host, int(port)))
+            break
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    with silent:
+        ends = [finished(each) for each in (rank(address, 1), first)]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert "Traceback" not in ends[1][2] and "Exception" not in ends[1][2], ends[1][2]
+
+
 @pytest.mark.slow
 def test_who_waits_for_a_late_rank_hears_that_all_is_well():
     address = f"127.0.0.1:{free_port()}"

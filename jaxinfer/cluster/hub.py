@@ -151,7 +151,10 @@ class Hub:
             self._began += took
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = Peer(reader, writer)
+        with contextlib.suppress(asyncio.CancelledError):  # at the end of this program; Python 3.11 would print it
+            await self._talk(Peer(reader, writer))
+
+    async def _talk(self, peer: Peer) -> None:
         hello = await peer.receive()
         if hello is None or hello["kind"] != "hello" or hello.get("run") != self._launch.run:
             peer.send("refuse", text=f"this is run {self._launch.run}")
@@ -170,10 +173,9 @@ class Hub:
         member = self._members[place] = Member(peer, rank, now, now)
         peer.send("here")
         self._wake.set()
-        with contextlib.suppress(asyncio.CancelledError):  # at the end of this program
-            while message := await peer.receive():
-                member.heard = time.monotonic()
-                self._take(member, message)
+        while message := await peer.receive():
+            member.heard = time.monotonic()
+            self._take(member, message)
         rank.lost = True
         self._wake.set()
 
