@@ -12,9 +12,10 @@ from convert.run import convert
 from convert.source import open_source
 from convert.tensor import ConvertError
 from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.engine.costs import count_parameters
 from jaxinfer.models.config import ConfigError
 from jaxinfer.models.families import FAMILIES
-from jaxinfer.presets import PresetError, count_parameters, load_preset
+from jaxinfer.presets import PresetError, load_preset
 
 DESCRIPTION = """\
 Converts a Hugging Face folder to a jaxinfer checkpoint, which loads onto any mesh. Reads .safetensors, or PyTorch .bin

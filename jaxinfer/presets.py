@@ -12,8 +12,9 @@ import yaml
 from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checks import check
 from jaxinfer.engine.config import DTYPES
+from jaxinfer.engine.costs import count_parameters
 from jaxinfer.models.config import ConfigError, ModelConfig
-from jaxinfer.models.families import from_hf, leaves
+from jaxinfer.models.families import from_hf
 from jaxinfer.parallel.axes import parse_mesh
 
 FOLDER = Path(__file__).parents[1] / "configs" / "models"
@@ -147,10 +148,6 @@ def _build(kind: type, fields: Any, **more: Any) -> Any:
         if name not in fields:
             raise ValueError(f"{name} is missing")
     return kind(**fields, **more)
-
-
-def count_parameters(model: ModelConfig) -> int:
-    return sum(prod(leaf.shape) for leaf in leaves(model).values())
 
 
 def bare_manifest(hf_config: Mapping[str, Any], dtype: str) -> Manifest:

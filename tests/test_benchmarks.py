@@ -29,7 +29,7 @@ ONE = parse_mesh("")
     [("llama-3.1-8b", 8_030_261_248), ("llama-2-70b", 68_976_648_192), ("openllama-3b", 3_426_473_600)],
 )
 def test_parameters_of_published_models(name, parameters):
-    assert costs.parameters(model_config(name)) == parameters
+    assert costs.count_parameters(model_config(name)) == parameters
 
 
 def test_a_decode_step_reads_all_but_the_embedding_and_the_cache_once():

@@ -18,11 +18,12 @@ from engine_run import make_engine, run
 from greedy_reference import equal_to_transformers
 from hf_models import make_hf_folder
 from jaxinfer.checkpoint.reader import Reader
+from jaxinfer.engine.costs import count_parameters
 from jaxinfer.engine.detokenize import TextStream
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf
-from jaxinfer.presets import count_parameters, load_preset
+from jaxinfer.presets import load_preset
 from jaxinfer.tokenizer import apply_chat, encode, load_tokenizer
 from model_logits import compare
 

@@ -19,11 +19,12 @@ from convert.dummy import write_dummy
 from hf_models import make_hf_folder
 from jaxinfer import generate, presets
 from jaxinfer.checkpoint.manifest import read_manifest
+from jaxinfer.engine.costs import count_parameters
 from jaxinfer.engine.fit import check_model
 from jaxinfer.llm import LLM
 from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.stages import balance
-from jaxinfer.presets import PresetError, count_parameters, load_preset, names
+from jaxinfer.presets import PresetError, load_preset, names
 
 ROOT = Path(__file__).parents[1]
 STUDY = "openllama-3b openllama-7b openllama-13b llama-2-70b codellama-70b alia-40b falcon-40b falcon-180b gpt-sw3-40b"

@@ -16,13 +16,13 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families import leaves
 
 
-def parameters(model: ModelConfig) -> int:
+def count_parameters(model: ModelConfig) -> int:
     return sum(prod(leaf.shape) for leaf in leaves(model).values())
 
 
 def decode_weights(model: ModelConfig) -> int:
     """Numbers that a decode step has to read: all but the table of an untied embedding."""
-    return parameters(model) - (0 if model.tied else prod(leaves(model)["embed"].shape))
+    return count_parameters(model) - (0 if model.tied else prod(leaves(model)["embed"].shape))
 
 
 def cache_numbers(model: ModelConfig, cached: float) -> float:

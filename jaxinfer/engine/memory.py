@@ -157,6 +157,8 @@ def plan_memory(
     useful = config.max_batch * ceil(max_context / config.page_size) + 1
     # one row may decode alone at the end, whatever the batch
     alone = _one_row(decoder, rules, sizes, item)
+    if config.max_batch == 1:
+        workspace = max(workspace, alone)
     budget = int(limit * config.memory_fraction) - weights - max(workspace, alone)
     if config.pages is not None and config.pages < needed:
         raise LayoutError(
@@ -205,8 +207,7 @@ def _workspace(
     between = sum(rows * tokens for rows, tokens in shapes) * model.hidden_size * item
     logits = 3 * 4 * max(rows, min(chunk, SCORED_TOGETHER)) * vocabulary
     if decoder.kernels != "off" and not model.alibi:
-        found = activations + between + logits
-        return found if config.max_batch > 1 else max(found, _one_row(decoder, rules, sizes, item))
+        return activations + between + logits
     gathered = 2 * 2 * rows * max_context * kv_heads * model.head_dim * item
     scores = 3 * 4 * heads * chunk * max_context
     return activations + between + logits + gathered + scores
