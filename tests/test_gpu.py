@@ -43,45 +43,48 @@ def test_half_precision_tells_the_same_story_at_first(tmp_path, dtype):
     assert half.logprobs[0].logprob == pytest.approx(full.logprobs[0].logprob, abs=0.1)
 
 
-@pytest.mark.parametrize(("mesh", "batch"), [("", 1), ("", 3), ("", 24), ("stage=2", 3), ("tensor=2", 3)])
-def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, mesh, batch):
-    """Llama-3.1-8B's shape: greedy tokens with kernels on and off differ only where the plain form's two likeliest
-    tokens are as good as equal; a row is compared up to its first difference, where both go their own ways."""
-    if mesh and jax.device_count() < 2:
-        pytest.skip(f"{mesh} needs 2 GPUs")
-    write_dummy(load_preset("llama-3.1-8b").config, tmp_path / "ckpt", dtype="bfloat16")
-    draw = np.random.default_rng(batch)
-    prompts = {str(i): draw.integers(0, 128000, 20 + 40 * i).tolist() for i in range(24)}
-    params = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=2)
-    found = {}
-    for kernels in ("off", "on"):
-        engine = make_engine(
-            tmp_path / "ckpt",
-            mesh,
-            load_format="dummy",
-            kernels=kernels,
-            max_batch=batch,
-            max_context=1088,
-            dtype="bfloat16",
-            prefill_chunk=None,
-        )
-        found[kernels] = run(engine, prompts, params)
-        del engine
-        gc.collect()
+def greedy(folder, prompts, **settings):
+    """Outputs with the two likeliest tokens; the engine is gone afterwards, for the next one needs its memory."""
+    engine = make_engine(folder, load_format="dummy", max_context=1088, prefill_chunk=None, **settings)
+    outputs = run(engine, prompts, SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=2))
+    del engine
+    gc.collect()
+    return outputs
+
+
+def compared(exact, outputs):
+    """The noise on the logprobs of exact's likeliest tokens; and where a row chose another token, which ends the
+    comparison since both go their own ways from there, the margin between exact's two likeliest."""
     noise, margins = [], []
-    for key, plain in found["off"].items():
-        for mine, expected in zip(found["on"][key].logprobs, plain.logprobs, strict=True):
+    for key, row in exact.items():
+        for expected, mine in zip(row.logprobs, outputs[key].logprobs, strict=True):
             known = dict(mine.top)
             noise += [known[token] - logprob for token, logprob in expected.top if token in known]
             if mine.token_id != expected.token_id:
-                (_, first), (_, second) = expected.top[:2]
+                (_, first), (_, second) = expected.top
                 margins.append(first - second)
                 break
-    spread = np.std(noise)
-    assert spread < 0.05, "bfloat16 rounds logits of deviation 1.3"
-    assert max(margins, default=0) < 8 * spread, f"margins {sorted(margins)[-3:]} against a noise of {spread:.3f}"
+    return noise, margins
+
+
+@pytest.mark.parametrize(("mesh", "batch"), [("", 1), ("", 3), ("", 24), ("stage=2", 3), ("tensor=2", 3)])
+def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, mesh, batch):
+    """Llama-3.1-8B's shape, the same numbers in both dtypes: bfloat16 with kernels is hardly noisier than without, and
+    chooses another token than float32 only where the two likeliest are as good as equal."""
+    if mesh and jax.device_count() < 2:
+        pytest.skip(f"{mesh} needs 2 GPUs")
+    write_dummy(load_preset("llama-3.1-8b").config, tmp_path)
+    draw = np.random.default_rng(batch)
+    prompts = {str(i): draw.integers(0, 128000, 20 + 40 * i).tolist() for i in range(24)}
+    outputs = partial(greedy, tmp_path, prompts, mesh=mesh, max_batch=batch)
+    exact = outputs(kernels="off", dtype="float32")
+    plain, _ = compared(exact, outputs(kernels="off", dtype="bfloat16"))
+    fused, margins = compared(exact, outputs(kernels="on", dtype="bfloat16"))
+    spread = np.std(plain)
+    assert np.std(fused) < 1.5 * spread, f"a noise of {np.std(fused):.4f}, {spread:.4f} without kernels"
+    assert max(margins, default=0) < 8 * spread, f"margins {sorted(margins)[-3:]} against a noise of {spread:.4f}"
     # random weights leave the likeliest tokens close: most rows part after a few
-    assert len(noise) > 4 * len(prompts), "rows that part at once compare nothing"
+    assert min(len(plain), len(fused)) > 4 * len(prompts), "rows that part at once compare nothing"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

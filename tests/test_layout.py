@@ -216,15 +216,19 @@ def test_chunk_and_workspace_with_and_without_kernels():
     assert chunk("off", 80) == chunk("interpret", 80) == 512
     assert chunk("on", 80) == 8192 and chunk("on", 80, prefill_chunk=100) == 100
     assert chunk("on", 80, max_batch=1) == 4096, "as much as one context"
-    assert chunk("on", 20) == 2048, "a quarter of what the weights leave"
+    assert chunk("on", 19) == 2048, "a quarter of what the weights leave"
 
-    def workspace(kernels, chunk):
-        settings = EngineConfig(prefill_chunk=chunk, max_batch=64, kernels=kernels)
-        return plan_memory(Decoder(config, (80,), kernels), settings, *rest, 80 * 2**30).workspace
+    def workspace(kernels, chunk, mesh="tensor=8"):
+        settings, sizes = EngineConfig(prefill_chunk=chunk, max_batch=64, kernels=kernels), parse_mesh(mesh)
+        decoder = Decoder(config, balance(80, sizes["stage"]), kernels)
+        return plan_memory(decoder, settings, rules, sizes, np.float16, 4096, 80 * 2**30).workspace
 
     hidden, mlp, heads = 8192, 28672 // 8, 64 // 8 * 128
     assert workspace("on", 8192) > 8192 * (4 * hidden + 3 * mlp + 3 * heads) * 2
     assert workspace("on", 8192) < workspace("off", 8192) / 2
+    ticks = 8192 + 8192 + 2048 + 512  # tokens of the sizes that there are, each with what is between the stages
+    between = workspace("on", 8192, "stage=2,tensor=8") - workspace("on", 8192)
+    assert 0.9 < between / (ticks * hidden * 2) < 1, "two stages hold those, and half of one stage's logits"
 
 
 def test_batch_fills_the_cache_where_kernels_run():
