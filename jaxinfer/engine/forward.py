@@ -84,10 +84,13 @@ class Decoder:
         positions: jax.Array,
         prompt_lengths: jax.Array,
         tables: jax.Array,
+        last: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]:
         """x [B, T, H] through this stage's layers; positions [B, T] are -1 where a token is not live.
 
         Pools are local, [1, 1, P, page_size, K, D] per layer slot. Returns x, and the pools with new keys and values.
+        With `last` [B], where there is one stage, only that token of each row comes out, [B, 1, H]: nobody reads the
+        others once the last layer has cached their keys and values.
         """
         stage = jax.lax.axis_index("stage")
         config = self.config
@@ -116,7 +119,9 @@ class Decoder:
             layer = _bind(graph, state, {name: array[0] for name, array in params["layers"][slot].items()})
             window = self._window(layers, stage)
 
-            def run(x, delta, k_pool, v_pool, layer=layer, window=window):
+            needed = partial(_token, index=last if slot == len(self.slots) - 1 else None)
+
+            def run(x, delta, k_pool, v_pool, layer=layer, window=window, needed=needed):
                 written = []
 
                 def attend(qkv):
@@ -125,7 +130,7 @@ class Decoder:
                     with jax.named_scope("paged_attention"):
                         return attention(q, *pools, tables, positions, window, **scores)
 
-                return *layer(x, delta, LayerOps(attend, ops.add_norm, reduce)), *written
+                return *layer(x, delta, LayerOps(attend, ops.add_norm, reduce, needed)), *written
 
             def run_alone(x, k_pool, v_pool, run=run):
                 x, delta, *written = run(x, None, k_pool, v_pool)
@@ -183,6 +188,11 @@ class Decoder:
         if not any(windows):
             return None
         return jnp.array([window or NO_WINDOW for window in windows])[stage]
+
+
+def _token(x: jax.Array, index: jax.Array | None) -> jax.Array:
+    """Of each row of x [B, T, ...] the token at `index` [B], as [B, 1, ...]; all without an index."""
+    return x if index is None else jnp.take_along_axis(x, index.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
 def _added(x: jax.Array, delta: jax.Array | None) -> jax.Array:

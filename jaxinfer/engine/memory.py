@@ -204,7 +204,7 @@ def _workspace(
     vocabulary = local_size("vocab", model.vocab_size, rules, sizes)
     rows = max(config.max_batch, max(rows for rows, _ in shapes))
     activations = chunk * (4 * model.hidden_size + 3 * mlp + 3 * heads * model.head_dim) * item
-    between = sum(rows * tokens for rows, tokens in shapes) * model.hidden_size * item
+    between = sum(rows * tokens for rows, tokens in shapes) * model.hidden_size * item if sizes["stage"] > 1 else 0
     logits = 3 * 4 * max(rows, min(chunk, SCORED_TOGETHER)) * vocabulary
     if decoder.kernels != "off" and not model.alibi:
         return activations + between + logits

@@ -209,6 +209,7 @@ class Programs:
             return self._shape((stages, shards, *shape, model.hidden_size), self._dtype, P("stage", "data"))
 
         k, v = ([self._shape(cache, self._dtype, POOL) for _ in self._decoder.slots] for _ in range(2))
+        shapes = self._config.prefill_shapes()
         return State(
             k=k,
             v=v,
@@ -216,7 +217,7 @@ class Programs:
             position=row(jnp.int32),
             flying=row(bool),
             x=hidden(self.rows(), 1),
-            prefill_x={f"{rows}x{length}": hidden(rows, length) for rows, length in self._config.prefill_shapes()},
+            prefill_x={f"{rows}x{length}": hidden(rows, length) for rows, length in shapes} if stages > 1 else {},
             counts=self._shape((shards, self.slots(), columns), jnp.int32, P("data", None, VOCAB_AXES))
             if counts
             else None,

@@ -25,7 +25,7 @@ class State(NamedTuple):
     position: jax.Array  # [Dp, M, b] tokens in the cache
     flying: jax.Array  # [Dp, M, b] bool: the row's pass through the stages counts
     x: jax.Array  # [stage, Dp, b, 1, H] what each stage receives in the next decode tick
-    prefill_x: dict[str, jax.Array]  # "RxC" -> [stage, Dp, R, C, H]
+    prefill_x: dict[str, jax.Array]  # "RxC" -> [stage, Dp, R, C, H], where there are several stages
     counts: jax.Array | None  # [Dp, M * b, V] see ops/sampling.py; None until a request needs them
 
 
@@ -163,10 +163,14 @@ def prefill_tick(
     with jax.named_scope("embed"):
         fed = ends.embedding(tokens, positions(entering))
     x = jnp.where(stage == 0, fed, state.prefill_x[key][0, 0]) if stages > 1 else fed
-    x, (k, v) = decoder.run_stage(params, (state.k, state.v), x, positions(here), here.prompt_length, here.tables)
-
     index = jnp.maximum(leaving.count - 1, 0)
-    if features.score:
+    only_last = stages == 1 and not features.score
+    of_layers = positions(here), here.prompt_length, here.tables, index if only_last else None
+    x, (k, v) = decoder.run_stage(params, (state.k, state.v), x, *of_layers)
+
+    if only_last:
+        scored, last = None, x[:, 0]
+    elif features.score:
         everything = collectives.from_last_stage(x)
         scored = jax.tree.map(collectives.gather_data, score(ends, everything, targets))
         last = jnp.take_along_axis(everything, index[:, None, None], axis=1)[:, 0]
@@ -191,7 +195,7 @@ def prefill_tick(
         v=v,
         token=put(state.token, emitted.tokens),
         position=put(state.position, done),
-        prefill_x=state.prefill_x | {key: collectives.to_next_stage(x)[None, None]},
+        prefill_x=state.prefill_x | {key: collectives.to_next_stage(x)[None, None]} if stages > 1 else {},
         counts=None if counts is None else counts[None],
     )
     return state, jax.tree.map(collectives.gather_data, emitted._replace(tokens=chosen)), scored

@@ -31,11 +31,13 @@ class Ops(NamedTuple):
     attend: qkv [B, T, (N + 2K) * D], not rotated yet -> [B, T, N, D], through whatever cache the engine keeps.
     add_norm: x and delta [..., H], weight [H] and epsilon -> x + delta and the RMS norm of that.
     reduce: each device's part of a sum [B, T, H] -> the sum over ``tensor``.
+    needed: [B, T, ...] -> those of the tokens that anything after the layer's attention reads.
     """
 
     attend: Callable[[jax.Array], jax.Array]
     add_norm: Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]]
     reduce: Callable[[jax.Array], jax.Array]
+    needed: Callable[[jax.Array], jax.Array]
 
 
 def declare(module: nnx.Module, arrays: Mapping[str, tuple[int, tuple[str, ...]]], table: Table, **more: Any) -> None:
@@ -76,11 +78,12 @@ class Block(nnx.Module):
         return out if bias is None else out + bias[...]
 
     def attention(self, x: jax.Array, ops: Ops) -> jax.Array:
-        """Normed x [B, T, H] to the heads' outputs [B, T, N * D], what the array ``o`` takes."""
+        """Normed x [B, T, H] to the needed tokens' heads' outputs [B, T', N * D], what the array ``o`` takes."""
         qkv = self.matmul(x, "qkv")
         if self.config.qk_norm:
             qkv = self._norm_qk(qkv)
-        return ops.attend(qkv).reshape(*x.shape[:2], -1)
+        heads = ops.needed(ops.attend(qkv))
+        return heads.reshape(*heads.shape[:2], -1)
 
     def _norm_qk(self, qkv: jax.Array) -> jax.Array:
         """qkv [B, T, (N + 2K) * D] with an RMS norm over D of each query and key head, in one pass."""

@@ -26,7 +26,7 @@ class Layer(Block):
             x, normed = self.add_norm(x, delta, "input_norm", ops)
             delta = self.matmul(self.attention(normed, ops), "o", ops.reduce)
         with jax.named_scope("mlp"):
-            x, normed = self.add_norm(x, delta, "mlp_norm", ops)
+            x, normed = self.add_norm(ops.needed(x), delta, "mlp_norm", ops)
             return x, self.matmul(self.wide(normed), "down", ops.reduce)
 
     def parallel(self, x: jax.Array, delta: jax.Array | None, ops: Ops) -> tuple[jax.Array, jax.Array]:
@@ -34,8 +34,8 @@ class Layer(Block):
             x, normed = self.add_norm(x, delta, "input_norm", ops)
             attended = linear(self.attention(normed, ops), self.o[...])
         with jax.named_scope("mlp"):
-            if self.config.parallel_norms == 2:
-                normed = self.norm(x, "mlp_norm")
+            x = ops.needed(x)
+            normed = self.norm(x, "mlp_norm") if self.config.parallel_norms == 2 else ops.needed(normed)
             # both are parts of sums over `tensor`: added first, one sum does for the layer
             out = ops.reduce(attended + linear(self.wide(normed), self.down[...]))
             return x, self.add_bias(self.add_bias(out, "o"), "down")

@@ -23,7 +23,7 @@ class Layer(Block):
             x, normed = self.add_norm(x, delta, "input_norm", ops)
             delta = self.matmul(self.attention(normed, ops), "o", ops.reduce)
         with jax.named_scope("mlp"):
-            x, normed = self.add_norm(x, delta, "post_norm", ops)
+            x, normed = self.add_norm(ops.needed(x), delta, "post_norm", ops)
             return x, self.mlp(normed, ops)
 
     def mlp(self, x: jax.Array, ops: Ops) -> jax.Array:

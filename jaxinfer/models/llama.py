@@ -32,7 +32,7 @@ class Layer(Block):
             x, normed = self.add_norm(x, delta, "input_norm", ops)
             delta = self._out(self.attention(normed, ops), "o", ops)
         with jax.named_scope("mlp"):
-            x, normed = self.add_norm(x, delta, "post_norm", ops)
+            x, normed = self.add_norm(ops.needed(x), delta, "post_norm", ops)
             gate, up = jnp.split(self.matmul(normed, "gate_up"), 2, axis=-1)
             return x, self._out(self.act(gate) * up, "down", ops)
 

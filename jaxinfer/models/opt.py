@@ -15,6 +15,6 @@ class Layer(gpt2.Layer):
             return super().__call__(x, delta, ops)
         # such a layer leaves nothing to be added, so that none has a delta to begin with
         with jax.named_scope("attention"):
-            x = self.norm(x + self.matmul(self.attention(x, ops), "o", ops.reduce), "input_norm")
+            x = self.norm(ops.needed(x) + self.matmul(self.attention(x, ops), "o", ops.reduce), "input_norm")
         with jax.named_scope("mlp"):
             return self.norm(x + self.mlp(x, ops), "post_norm"), None
