@@ -1,6 +1,5 @@
 """GPUs, ports and levels of findings: what the doctor's tests share."""
 
-import socket
 from collections.abc import Iterable
 
 from jaxinfer.doctor.finding import Finding
@@ -27,9 +26,3 @@ def gpu(index: int = 0, **changes) -> dict:
         "peers": {},
     }
     return found | changes
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,11 +1,9 @@
 """``python -m jaxinfer.generate`` as a user runs it: whole commands on real checkpoints."""
 
 import json
-import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ import pytest
 
 from hf_models import make_hf_folder
 from jaxinfer import generate
+from processes import free_port, own_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT / "examples" / "tinystories"
@@ -49,7 +48,7 @@ def command(*arguments) -> list[str]:
 
 def environment() -> dict[str, str]:
     """A user's: nothing of the tests' own settings for JAX, but what one command compiled the next need not."""
-    own = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
+    own = own_environment("NPROC", "JAX_PLATFORMS")
     return own | {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
@@ -225,9 +224,7 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     out = tmp_path / "two.jsonl"
 
     def pair(*more) -> list[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         where = (
             "--mesh",
             "stage=2,tensor=2",

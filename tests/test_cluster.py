@@ -1,7 +1,6 @@
 """Start-up: virtual devices, the thread pool's guard, and processes that find each other or say why not."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from jaxinfer.cluster.hub import listen
 from jaxinfer.cluster.launch import find_launch, missed_srun
 from jaxinfer.cluster.slurm import ClusterError
+from processes import free_port, own_environment
 
 PSUM = """
 import jax, numpy as np
@@ -28,10 +28,9 @@ def total():
 
 
 def python(code: str, **environment: str) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**env, **environment},
+        env=own_environment("NPROC", "JAX_PLATFORMS", **environment),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -41,12 +40,6 @@ def python(code: str, **environment: str) -> subprocess.Popen:
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_virtual_devices_bring_their_threads():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from convert.run import convert
 from hf_models import make_hf_folder
 from jaxinfer.checkpoint.manifest import read_manifest
+from processes import free_port, own_environment
 
 TESTS = Path(__file__).parent
 LAYERS = 4
@@ -26,11 +26,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run_processes(checkpoint, count: int, devices: int, mesh: str) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    port, environment = free_port(), own_environment(PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
     command = [sys.executable, TESTS / "distributed_worker.py", checkpoint, f"127.0.0.1:{port}", str(count)]
     started = [
         subprocess.Popen(

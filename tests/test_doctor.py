@@ -1,7 +1,6 @@
 """The doctor: whole runs of one process and of several, with something wrong."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -15,8 +14,8 @@ import psutil
 import pytest
 
 from convert.run import convert
-from doctoring import free_port
 from hf_models import make_hf_folder
+from processes import free_port, own_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +29,7 @@ def checkpoint(tmp_path_factory):
 
 
 def start(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    env = own_environment("NPROC")
     command = [sys.executable, "-m", "jaxinfer.doctor", *map(str, arguments)]
     settings = {**env, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(command, cwd=cwd, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -5,10 +5,8 @@ host's memory, which virtual CPU devices have, and the allocator gets less.
 """
 
 import json
-import os
 import re
 import resource
-import socket
 import subprocess
 import sys
 from math import ceil
@@ -24,6 +22,7 @@ from jaxinfer.engine.memory import DoesNotFit
 from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.plan.hardware import GPUS
 from jaxinfer.presets import load_preset
+from processes import free_port, own_environment
 
 ROOT = Path(__file__).parents[1]
 MIB, GIB = 1 << 20, 1 << 30
@@ -45,8 +44,7 @@ print([os.environ.get(name) for name in {VARIABLES}])
 
 
 def environment(**more: str) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", *VARIABLES)}
-    return own | more
+    return own_environment(*VARIABLES, **more)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +227,7 @@ def test_what_the_refusal_advises_runs(tmp_path):
 def test_running_out_ends_with_the_plan_and_the_numbers_to_change(tmp_path, monitored):
     if 0.8 * TOTAL < 1.2 * ROOM:
         pytest.skip("needs a host with 8 GiB")
-    more = ("--coordinator", free_address(), "--num-processes", 1, "--process-id", 0) if monitored else ()
+    more = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 1, "--process-id", 0) if monitored else ()
     error, lines = error_of(generate(tmp_path, "--pages", TOO_MANY, "--max-batch", 4, *more, room=ROOM))
     assert re.search(r"memory: a device's memory ran out in load \([\d,]+ MiB more were asked for\), beside the", error)
     assert f"change --pages below {TOO_MANY}, or none: they take what is left" in error
@@ -244,14 +242,8 @@ def test_with_room_the_same_command_runs(tmp_path):
     assert process.returncode == 0, err
 
 
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 def two(folder: Path, rooms: tuple[int | None, int | None], *more) -> list[subprocess.Popen]:
-    where = "--mesh", "stage=2", "--coordinator", free_address(), "--num-processes", 2, "--process-id"
+    where = "--mesh", "stage=2", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id"
     return [generate(folder, *more, *where, rank, room=room) for rank, room in enumerate(rooms)]
 
 

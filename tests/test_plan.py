@@ -1,7 +1,6 @@
 """``python -m jaxinfer.plan``: what fits where, why not and what would do; predictions beside what GPUs measured."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from jaxinfer.plan.hardware import GPUS, Gpus, parse_gpus, recognise
 from jaxinfer.plan.layouts import Ask, consider
 from jaxinfer.plan.source import read_source
 from jaxinfer.presets import FOLDER, load_preset
+from processes import own_environment
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
@@ -284,10 +284,6 @@ def test_predictions_against_h200(line):
     assert memory.needed / GIB == pytest.approx(float(peak), rel=MEMORY_OFF)
     assert (memory.weights + memory.cache) / GIB == pytest.approx(float(in_use), rel=MEMORY_OFF)
     assert layout.prediction.tpot_s * 1e3 == pytest.approx(float(tpot), rel=TPOT_OFF)
-
-
-def own_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
 def check_of_tiny(data: dict, ranks: int) -> None:

@@ -1,8 +1,6 @@
 """Model presets: what they say is right, and what the commands do with them."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +23,7 @@ from jaxinfer.llm import LLM
 from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.stages import balance
 from jaxinfer.presets import PresetError, load_preset, names
+from processes import free_port, own_environment
 
 ROOT = Path(__file__).parents[1]
 STUDY = "openllama-3b openllama-7b openllama-13b llama-2-70b codellama-70b alia-40b falcon-40b falcon-180b gpt-sw3-40b"
@@ -225,15 +224,19 @@ def test_convert_checks_the_source_before_it_writes(tmp_path, capsys, monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_make_the_weights_of_one(prompts, tmp_path, monkeypatch, capsys):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     base = ("--preset", "tiny", "--random-weights", "--prompts", prompts, "--mesh", "stage=2", *SMALL[2:])
     command = [sys.executable, "-m", "jaxinfer.generate", *map(str, base), "--output", str(tmp_path / "two.jsonl")]
-    command += ["--cpu-devices", "1", "--coordinator", address, "--num-processes", "2", "--process-id"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command += [
+        "--cpu-devices",
+        "1",
+        "--coordinator",
+        f"127.0.0.1:{free_port()}",
+        "--num-processes",
+        "2",
+        "--process-id",
+    ]
     both = [
-        subprocess.Popen([*command, rank], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, rank], cwd=ROOT, env=own_environment(), stderr=subprocess.PIPE, text=True)
         for rank in "01"
     ]
     errors = [each.communicate(timeout=200)[1] for each in both]

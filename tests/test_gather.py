@@ -7,10 +7,10 @@ import time
 import attrs
 import pytest
 
-from doctoring import free_port
 from jaxinfer.cluster.gather import meet
 from jaxinfer.cluster.launch import Launch
 from jaxinfer.cluster.slurm import ClusterError
+from processes import free_port
 
 
 def launches(count: int) -> list[Launch]:
