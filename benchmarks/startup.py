@@ -24,6 +24,7 @@ from benchmarks.common import count, fields, user_errors
 from benchmarks.report import Row, with_goals
 from benchmarks.shapes import NAMES, dtype_of, hf_config, model_config, random_prompts
 from convert.dummy import write_dummy
+from jaxinfer.compile_cache import OF_JAX, VARIABLE
 from jaxinfer.options import Parser
 from jaxinfer.parallel.axes import mesh_text, parse_mesh
 from jaxinfer.telemetry.manifest import git_commit
@@ -71,7 +72,7 @@ def start(args: argparse.Namespace, folder: Path, which: str) -> dict[str, Any]:
     # the model's own context may be more than one device can hold
     engine = {"max_context": args.prompt_tokens + args.new_tokens, **args.engine}
     command += [part for name, value in engine.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    env = {name: value for name, value in os.environ.items() if name != OF_JAX} | {VARIABLE: str(folder / "compiled")}
     began = time.perf_counter()
     first = None
     with open(folder / f"{which}.log", "w+") as log:

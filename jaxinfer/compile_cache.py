@@ -17,25 +17,31 @@ from typing import Any
 from jaxinfer.cluster import distributed
 
 OFF = "none"
+VARIABLE, OF_JAX = "JAXINFER_COMPILE_CACHE", "JAX_COMPILATION_CACHE_DIR"
 BEFORE_WRITING = "/jax/compilation_cache/cache_misses"
 COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxinfer" / "xla"
 
 
 def use_compile_cache(folder: str | None = None) -> str | None:
     """Keeps this process's programs in `folder`; every process of a run calls it, after JAX has its devices.
 
-    Without a folder it is ``$XDG_CACHE_HOME/jaxinfer/xla`` (``~/.cache/jaxinfer/xla``) on a GPU, and there is none on a
-    CPU; ``none`` turns it off. A cache that JAX was told of already, JAX_COMPILATION_CACHE_DIR say, stays as it is.
+    Without a folder it is what JAXINFER_COMPILE_CACHE says, else ``$XDG_CACHE_HOME/jaxinfer/xla``
+    (``~/.cache/jaxinfer/xla``) on a GPU, and there is none on a CPU; ``none`` turns it off. A cache that JAX was told
+    of already, JAX_COMPILATION_CACHE_DIR say, stays as it is.
 
     Returns:
       None, or why there is none although it was wanted.
     """
     import jax
 
+    folder = folder or os.environ.get(VARIABLE)
     if jax.config.jax_compilation_cache_dir or folder == OFF or (folder is None and jax.default_backend() == "cpu"):
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    common = Path(folder or home / "jaxinfer" / "xla").expanduser().absolute()
+    common = Path(folder or default_folder()).expanduser().absolute()
     try:
         common.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=common).close()

@@ -34,7 +34,7 @@ from jaxinfer.options import (
     limits,
     sampling_params,
 )
-from jaxinfer.outputs import OutputError, Writer, prepare
+from jaxinfer.outputs import OutputError, Writer, prepare, take_back
 from jaxinfer.telemetry.progress import Progress
 
 PROGRAM = "jaxinfer.generate"
@@ -195,6 +195,17 @@ def execute(run: Run) -> int:
             _stop_at_error(records)
         _join(run)
     finished = _begin(run, defaults, records)
+    try:
+        return _finish(run, records, finished)
+    except UserError:
+        if run.first and args.output is not None:
+            take_back(Path(args.output))
+        raise
+
+
+def _finish(run: Run, records: list[InputRecord | InputError], finished: set[str]) -> int:
+    """Runs what is not finished; the exit status."""
+    args = run.args
     todo = [record for record in records if isinstance(record, InputError) or record.id not in finished]
     if any(isinstance(record, InputRecord) for record in todo):
         with _memory():

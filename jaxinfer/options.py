@@ -108,7 +108,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         ("pages", "cache pages per data shard (default: what memory is left)"),
         ("decode_steps", "decode steps per dispatch"),
         ("prefill_chunk", "prompt tokens per prefill tick (default: 512; with kernels what fits, up to 8192)"),
-        ("max_context", "most tokens of prompt and output together (default: the model's)"),
+        ("max_context", "most tokens of prompt and output together (default, and at most, the model's)"),
         ("load_threads", "threads of each process that read the checkpoint (default: its cores, at most 8)"),
     ):
         default = getattr(config, name)

@@ -208,6 +208,19 @@ def prepare(
     return found.finished & requests.keys()
 
 
+def take_back(path: Path) -> None:
+    """Removes what `prepare` made, if nothing has been written since: a run that was refused leaves no file that looks
+    like results."""
+    try:
+        with open(path, "ab") as file:
+            _lock(file, path)
+            if path.stat().st_size == 0:
+                path.unlink()
+                beside(path, "run").unlink(missing_ok=True)
+    except (OSError, OutputError):
+        pass  # gone, or another run's by now
+
+
 def _lock(file: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

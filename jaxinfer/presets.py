@@ -66,7 +66,8 @@ class Preset:
       repository: where its weights are at Hugging Face; None for a model that has none.
       parameters: how many numbers its weights hold, a tied head counted once.
       dtype: what it is usually run in, and what random weights are made in.
-      layouts: GPU type to a layout known good there; on T4 and V100, which have no bfloat16, in float16.
+      layouts: GPU type to a mesh that holds it with a context of 4,096 tokens, or its longest, and not many times that;
+        on T4 and V100, which have no bfloat16, in float16.
       config: the fields of its ``config.json`` that say what it is.
     """
 

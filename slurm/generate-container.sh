@@ -18,7 +18,7 @@ SIF=${SIF:-jaxinfer.sif}               # slurm/build-container.sh makes it
 MODEL=${MODEL:-build/tinystories}
 PROMPTS=${PROMPTS:-examples/tinystories/prompts.jsonl}
 RUN=${RUN:-runs/$SLURM_JOB_ID}         # out.jsonl, out.metrics.json, out.run.json and logs/rank-TASK-NODE.log
-COMPILED=${COMPILED:-build/compiled}   # JAX's compiled programs, kept for the next job
+COMPILED=${COMPILED:-build/compiled}   # compiled programs, kept for the next job
 BIND=${BIND:-}                         # more folders that the container shall see: /data,/archive
 MESH=${MESH:-auto}                     # auto here: stage=2,tensor=4
 # module load apptainer; export NCCL_NET=IB  # where there is InfiniBand: an error instead of slow sockets
@@ -43,7 +43,7 @@ if [ -e /dev/nvidiactl ]; then options+=(--nv); fi
 
 # No --cleanenv: Slurm's variables differ from task to task, and NCCL_*, XLA_FLAGS and JAX_* are meant for the program.
 # What must not get in (PYTHONPATH, ...) the image keeps out.
-export JAX_COMPILATION_CACHE_DIR=$COMPILED
+export JAXINFER_COMPILE_CACHE=$COMPILED
 OUTPUT=$RUN/out.jsonl LOGS=$RUN/logs
 . slurm/step.sh
 run_step apptainer exec "${options[@]}" "$SIF" python -m jaxinfer.generate \

@@ -8,7 +8,7 @@
 
 ulimit -c 0 # an aborted task would leave a core file as large as its memory
 # compiled programs, for the next attempt
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/build/compiled}
+export JAXINFER_COMPILE_CACHE=${JAXINFER_COMPILE_CACHE:-$PWD/build/compiled}
 srun='' stopped='' interrupted=''
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM

@@ -280,6 +280,18 @@ def test_text_on_the_screen(stories):
     assert "output tokens/s" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_what_is_refused_leaves_no_output_and_takes_none_away(tiny, tmp_path, monkeypatch, capsys):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}])
+    out = tmp_path / "out.jsonl"
+    arguments = ("--model", tiny, "--prompts", prompts, "--output", out, "--max-new-tokens", 2)
+    assert in_process(monkeypatch, capsys, *arguments, "--mesh", "stage=5")[0] == 2
+    assert list(tmp_path.iterdir()) == [prompts]
+    assert in_process(monkeypatch, capsys, *arguments, "--mesh", "tensor=1")[0] == 0
+    whole = out.read_bytes()
+    assert in_process(monkeypatch, capsys, *arguments[:-1], 3, "--mesh", "stage=5")[0] == 2
+    assert out.read_bytes() == whole
+
+
 def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):
     out = tmp_path / "out.jsonl"
     arguments = (

@@ -1,9 +1,11 @@
 """Compiled programs on disk: found again, written whole, shared by processes that start together."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from jaxinfer.compile_cache import OF_JAX, VARIABLE
+from processes import own_environment
 
 PROGRAM = """
 import sys, jax, jax.numpy as jnp
@@ -21,10 +23,11 @@ print(hits.count("/jax/compilation_cache/cache_hits"))
 
 
 def start(folder: Path | str | None, **environment: str) -> subprocess.Popen:
-    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     arguments = [] if folder is None else [str(folder)]
     command = [sys.executable, "-c", PROGRAM, *arguments]
-    return subprocess.Popen(command, env=kept | environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=own_environment(OF_JAX, VARIABLE, **environment), stdout=subprocess.PIPE, text=True
+    )
 
 
 def result(process: subprocess.Popen) -> tuple[str, int]:
@@ -49,6 +52,12 @@ def test_processes_that_start_together_leave_whole_entries_for_the_next(tmp_path
     for each in folder.iterdir():
         each.write_bytes(each.read_bytes()[:100])
     assert result(start(folder)) == ("None", 0)
+
+
+def test_the_environment_may_name_the_folder(tmp_path):
+    place = {VARIABLE: str(tmp_path / "here")}
+    assert result(start(None, **place)) == ("None", 0)
+    assert result(start(None, **place))[1] == len(list((tmp_path / "here").iterdir())) >= 7
 
 
 def test_where_there_is_none(tmp_path):

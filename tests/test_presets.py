@@ -18,16 +18,15 @@ from hf_models import make_hf_folder
 from jaxinfer import generate, presets
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.engine.costs import count_parameters
-from jaxinfer.engine.fit import check_model
 from jaxinfer.llm import LLM
 from jaxinfer.parallel.axes import parse_mesh
-from jaxinfer.parallel.stages import balance
+from jaxinfer.plan.hardware import Gpus, parse_gpus
+from jaxinfer.plan.layouts import Ask, consider
 from jaxinfer.presets import PresetError, load_preset, names
 from processes import free_port, own_environment
 
 ROOT = Path(__file__).parents[1]
 STUDY = "openllama-3b openllama-7b openllama-13b llama-2-70b codellama-70b alia-40b falcon-40b falcon-180b gpt-sw3-40b"
-GPU_GB = {"T4": 16, "V100-32": 32, "A100-40": 40, "A100-64": 64, "A100-80": 80, "H100": 80, "H200": 141}
 LAYOUTS = [(name, gpu) for name in names() for gpu in load_preset(name).layouts]
 SMALL = ("--mesh", "", "--max-context", 64, "--pages", 32, "--max-batch", 4, "--prefill-chunk", 32)
 FIELDS = yaml.safe_load((presets.FOLDER / "tiny.yaml").read_text())
@@ -58,18 +57,21 @@ def test_parameters_are_those_of_the_leaves(name):
 
 
 @pytest.mark.parametrize(("name", "gpu"), LAYOUTS)
-def test_layouts_leave_room_for_a_cache(name, gpu):
+def test_layouts_hold_an_ordinary_context_and_half_the_gpus_no_batch(name, gpu):
     preset = load_preset(name)
-    model = preset.model
-    sizes = parse_mesh(preset.layouts[gpu].mesh)
+    type_, sizes = parse_gpus(gpu).type, parse_mesh(preset.layouts[gpu].mesh)
+    dtype = "float16" if float(type_.compute_capability) < 8 else preset.dtype
+    context = min(4096, preset.model.max_context)
+
+    def why_not(sizes: dict[str, int], batch: int) -> str:
+        count = prod(sizes.values())
+        ask = Ask(preset.model, dtype, context, context // 16, batch)
+        return consider(ask, Gpus(type_, -(-count // type_.per_node), min(count, type_.per_node)), sizes).reason
+
     assert preset.layouts[gpu].gpus == prod(sizes.values())
-    check_model(model, sizes)
-    ends = model.vocab_size * (model.embed_width or model.hidden_size) * (1 if model.tied else 2)
-    fullest = max(balance(model.num_layers, sizes["stage"])) / model.num_layers
-    share = (preset.parameters - ends) * fullest / sizes["tensor"] + ends / sizes["tensor"] / sizes["stage"]
-    assert 2 * 1.15 * share < 0.9 * GPU_GB[gpu] * 1e9
-    # half as many would not do, or there are no fewer
-    assert preset.layouts[gpu].gpus == 1 or 2 * 1.15 * preset.parameters > 0.9 * GPU_GB[gpu] * 1e9 * sizes["tensor"] / 2
+    assert why_not(sizes, 1) == ""
+    fewer = [sizes | {axis: size // 2} for axis, size in sizes.items() if size % 2 == 0]
+    assert all(why_not(each, 16) for each in fewer)
 
 
 def test_unknown_names_are_refused_with_those_that_are_near():

@@ -140,7 +140,7 @@ def local_checks(args: argparse.Namespace, launch: Launch | None, where: Launch,
         return gpu_findings(visible, own), {"gpus": [visible[index] for index in own if index < len(visible)]}
 
     def folders() -> tuple[list[Finding], dict[str, Any]]:
-        cache = check_cache(env.get("JAX_COMPILATION_CACHE_DIR"))
+        cache = check_cache(env)
         # only process 0 writes results
         return [*([] if where.process_id else check_folder("output", args.output_dir)), *cache], {}
 

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.checkpoint.manifest import NAME, read_manifest
+from jaxinfer.compile_cache import OF_JAX, OFF, VARIABLE, default_folder
 from jaxinfer.doctor.finding import Finding, error, ok, warning
 
 GIB = 1 << 30
@@ -113,11 +115,11 @@ def check_folder(name: str, folder: Path) -> list[Finding]:
     return [ok(name, text)]
 
 
-def check_cache(folder: str | None) -> list[Finding]:
-    name = "compile cache"
-    if not folder:
-        fix = "to compile a program once only: export JAX_COMPILATION_CACHE_DIR=FOLDER that all nodes share"
-        return [ok(name, "JAX_COMPILATION_CACHE_DIR is not set: every start compiles anew", fix)]
+def check_cache(env: Mapping[str, str]) -> list[Finding]:
+    """Where generate will look: in a folder that JAX was told of first."""
+    name, folder = "compile cache", env.get(OF_JAX) or env.get(VARIABLE) or str(default_folder())
+    if folder == OFF:
+        return [ok(name, f"{VARIABLE} is {OFF}: every start compiles anew")]
     if "://" in folder:
         return [ok(name, f"{folder} (not looked at)")]
     return check_folder(name, Path(folder))
