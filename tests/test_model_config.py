@@ -232,3 +232,99 @@ def test_a_config_that_cannot_run_is_refused_by_field(change, message):
     hf = {name: value for name, value in (BASE | change).items() if value is not ...}
     with pytest.raises(ConfigError, match=message):
         from_hf(hf)
+
+
+_LLAMA = BASE | {
+    "model_type": ...,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 5000.0,
+}
+_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+_BIASES = {"attention_bias": False, "mlp_bias": False}
+_QWEN = {"sliding_window": 8, "use_sliding_window": True}
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh", "sliding_window": 8}
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16.0}
+_NORM = {"layer_norm_epsilon": 1e-5}
+_TOKENS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
+_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+_GPT2 = _TOKENS | _NORM | {"n_inner": 96, "activation_function": "gelu_new", "scale_attn_weights": True}
+_FALCON = _TOKENS | _SIZES | _NORM | {"alibi": False, "bias": False, "rope_theta": 5000.0, "activation": "gelu"}
+_FALCON |= {"num_kv_heads": 4, "ffn_hidden_size": 96, "parallel_attn": True, "head_dim": 16}
+# where every field that is given is one that the family reads
+SMALL = {
+    "llama": _LLAMA | _BIASES,
+    **{
+        f"llama, {case}": _LLAMA | {"rope_scaling": {"rope_type": case.split(",")[0], **ROPES[case]}}
+        for case in ROPES
+        if "not use" not in case
+    },
+    "llama, transformers 5": _LLAMA
+    | {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0},
+    },
+    "mistral": _LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 8},
+    "qwen2": _LLAMA | _QWEN | {"architectures": ["Qwen2ForCausalLM"], "max_window_layers": 1},
+    "qwen3": _LLAMA | _QWEN | {"architectures": ["Qwen3ForCausalLM"], "layer_types": _TYPES, "attention_bias": False},
+    "gemma": _LLAMA | _GEMMA | {"architectures": ["GemmaForCausalLM"], "sliding_window": ...},
+    "gemma2": _LLAMA
+    | _GEMMA
+    | _CAPS
+    | {"architectures": ["Gemma2ForCausalLM"], "hidden_act": ..., "layer_types": _TYPES},
+    "phi3": _LLAMA
+    | {"architectures": ["Phi3ForCausalLM"], "sliding_window": 8, "original_max_position_embeddings": 32}
+    | {"rope_scaling": {"type": "su", "factor": 3.0, "attention_factor": 1.2, **FACTORS}},
+    "falcon": _FALCON
+    | {"architectures": ["FalconForCausalLM"], "multi_query": False, "new_decoder_architecture": False},
+    "falcon, new": _FALCON
+    | {"architectures": ["FalconForCausalLM"], "new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+    "gpt2": _GPT2 | {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt2, other names": _GPT2 | _SIZES | {"architectures": ["GPT2LMHeadModel"], "add_cross_attention": False},
+    "opt": _TOKENS
+    | _SIZES
+    | {"architectures": ["OPTForCausalLM"], "ffn_dim": 96, "word_embed_proj_dim": 32, "activation_function": "relu"}
+    | {"enable_bias": True, "do_layer_norm_before": True, "_remove_final_layer_norm": False},
+}
+SMALL = {case: {name: value for name, value in hf.items() if value is not ...} for case, hf in SMALL.items()}
+VALUES = ("x", [1], {"a": 1}, -1, None, 1.5, True, float("nan"), float("inf"))
+
+
+def _can_be_meant(name, given, value, in_rope):
+    """Whether a file may say `value` for what is `given` here; null is what some fields have, and others refuse."""
+    number = isinstance(given, float) or (in_rope and type(given) is int)
+    kinds = (int, float) if number else (int, list) if name == "eos_token_id" else (type(given),)
+    return value is None or given is None or type(value) in kinds
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_a_field_of_another_type_is_refused_by_its_name(case):
+    """Each field, and each of the rope's own, given each value."""
+    hf = SMALL[case]
+    from_hf(hf)
+    changes = [(name, given, {name: value}, value) for name, given in hf.items() for value in VALUES]
+    for outer in ("rope_scaling", "rope_parameters"):
+        for name, given in hf.get(outer, {}).items():
+            changes += [(name, given, {outer: hf[outer] | {name: value}}, value) for value in VALUES]
+    for name, given, change, value in changes:
+        try:
+            from_hf(hf | change)
+        except ConfigError as error:
+            assert f"{name}:" in str(error) or value is None, change  # null may be what another field forbids
+        except Exception as error:
+            pytest.fail(f"{change}: {error!r}")
+        else:
+            assert _can_be_meant(name, given, value, name not in change), change
+
+
+@pytest.mark.parametrize("value", ["x", {"a": 1}, 1.5, True, ["x"]])
+def test_end_tokens_that_are_none_are_refused(value):
+    for hf, generation in ((BASE | {"eos_token_id": value}, {}), (BASE, {"eos_token_id": value})):
+        with pytest.raises(ConfigError, match=r"eos_token_id: .* found"):
+            from_hf(hf, generation)
+
+
+def test_an_architecture_outside_a_list_is_told_to_stand_in_one():
+    with pytest.raises(ConfigError, match=r"architectures: expected a list .*found 'LlamaForCausalLM'"):
+        from_hf(BASE | {"architectures": "LlamaForCausalLM"})

@@ -2,7 +2,9 @@
 
 Here is what the families share; each family's file reads its own fields (`families.from_hf`)."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -99,10 +101,22 @@ class ModelConfig:
         return cls(**data)
 
 
+_LEGAL = {bool: "true or false", dict: "a mapping", list: "a list"}
+
+
+def given(hf: dict[str, Any], name: str, default: bool | dict | list) -> Any:
+    """The field, which has to be of the default's type; null is false or empty, `default` is for what is left out."""
+    kind = type(default)
+    value = kind() if (found := hf.get(name, default)) is None else found
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}: expected {_LEGAL[kind]}, found {value!r}")
+    return value
+
+
 def number(values: dict[str, Any], name: str) -> float:
     """Raises ConfigError where the field is absent or not a number above 0."""
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
         raise ConfigError(f"{name}: expected a number above 0, found {'nothing' if value is None else repr(value)}")
     return value
 
@@ -113,14 +127,19 @@ def count(hf: dict[str, Any], name: str) -> int:
     return int(hf[name])
 
 
+def optional(hf: dict[str, Any], name: str, read: Callable[[dict[str, Any], str], Any] = count) -> Any:
+    """What `read` finds; None for a field that is absent, null or 0, where all of these mean that it is not given."""
+    return None if hf.get(name) in (None, 0) else read(hf, name)
+
+
 def legal(hf: dict[str, Any], name: str, value: Any, *values: Any) -> None:
     """Refuses a field (`value` is what its default comes to) whose value is not one of `values`."""
     if value not in values:
         raise ConfigError(f"{name}: {value!r} is not supported; supported: {', '.join(map(str, values))}")
 
 
-def activation(name: str, value: str) -> str:
-    value = SAME_ACTIVATION.get(value, value)
+def activation(name: str, value: Any) -> str:
+    value = SAME_ACTIVATION.get(value, value) if isinstance(value, str) else value
     if value not in ACTIVATIONS:
         known = ", ".join((*ACTIVATIONS, *SAME_ACTIVATION))
         raise ConfigError(f"{name}: {value!r} is not supported; supported: {known}")
@@ -130,9 +149,10 @@ def activation(name: str, value: str) -> str:
 def head_width(hf: dict[str, Any], width_field: str, heads_field: str) -> int:
     """D, given or the width's share of a head; even, since rotation and kernels work on halves."""
     width, heads = count(hf, width_field), count(hf, heads_field)
-    if not hf.get("head_dim") and width % heads:
+    head_dim = optional(hf, "head_dim")
+    if not head_dim and width % heads:
         raise ConfigError(f"{width_field}: {width} is not a multiple of {heads_field} {heads}; head_dim is missing")
-    head_dim = hf.get("head_dim") or width // heads
+    head_dim = head_dim or width // heads
     if head_dim % 2:
         raise ConfigError(f"head_dim: {head_dim} is odd; rotary embedding needs an even one")
     return head_dim
@@ -148,8 +168,13 @@ def special_tokens(hf: dict[str, Any], generation: dict[str, Any]) -> dict[str, 
     """The fields of `ModelConfig`; `generation` is ``generation_config.json``, whose tokens are the ones that count."""
     special = hf | {name: value for name, value in generation.items() if value is not None}
     eos = special.get("eos_token_id")
-    ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return {"bos_token_id": special.get("bos_token_id"), "eos_token_ids": ends}
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(each) is not int for each in ends):
+        raise ConfigError(f"eos_token_id: expected a token's number, or a list of them, found {eos!r}")
+    start = special.get("bos_token_id")
+    if start is not None and type(start) is not int:
+        raise ConfigError(f"bos_token_id: expected a token's number, found {start!r}")
+    return {"bos_token_id": start, "eos_token_ids": tuple(ends)}
 
 
 def stretched(rope: RopeConfig, context: int) -> int:
@@ -162,28 +187,37 @@ def stretched(rope: RopeConfig, context: int) -> int:
 def read_rope(hf: dict[str, Any], head_dim: int, context: int) -> RopeConfig:
     # transformers 5 holds everything in rope_parameters; 4 spread it over rope_theta and rope_scaling ("type" before
     # 4.43). Which wins where a file has both is transformers' choice
-    raw = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    raw = dict(given(hf, "rope_scaling", {}) or given(hf, "rope_parameters", {}))
     if "full_attention" in raw or "sliding_attention" in raw:
         raise ConfigError("rope_parameters: one set per layer type is not supported; give one for all layers")
-    theta = raw.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    theta = optional(raw, "rope_theta", number) or optional(hf, "rope_theta", number) or 10000.0
+    raw.pop("rope_theta", None)
     kind = raw.pop("rope_type", None) or raw.get("type") or "default"
     raw.pop("type", None)
     if kind not in ROPE_KINDS:
         raise ConfigError(f"rope_type: {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-    if raw.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0) != 1.0:
+    rotated = raw.get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
+    if rotated != 1.0 or isinstance(rotated, bool):
         raise ConfigError("partial_rotary_factor: only 1.0 is supported (all of a head's width is rotated)")
     # the dynamic kind counts from the context itself; for the others a field outside the dict is the one that counts
     trained = hf.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
     raw["original_max_position_embeddings"] = trained if trained and kind in ("llama3", "yarn", "longrope") else context
-    stretch = context / number(raw, "original_max_position_embeddings")
+    stretch = context / count(raw, "original_max_position_embeddings")
     if kind == "longrope" or (kind == "yarn" and "factor" in raw):
         raw["factor"] = raw.get("factor") or stretch  # not given: by how much the context grew
-    needed = {"default": (), "longrope": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    named = {f"{kind} rope's {name}": value for name, value in raw.items()}
+    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(kind, ("factor",)):
-        number({f"{kind} rope's {name}": raw.get(name)}, f"{kind} rope's {name}")
+        number(named, f"{kind} rope's {name}")
+    if kind in ("yarn", "longrope"):
+        for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            optional(named, f"{kind} rope's {name}", number)
+        given(named, f"{kind} rope's truncate", True)
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
         factors = raw.get(name)
         if not isinstance(factors, list) or len(factors) != head_dim // 2:
             found = f"{len(factors)} of them" if isinstance(factors, list) else repr(factors)
             raise ConfigError(f"longrope rope's {name}: expected a list of {head_dim // 2} numbers, found {found}")
+        for factor in factors:
+            number({f"longrope rope's {name}": factor}, f"longrope rope's {name}")
     return RopeConfig(kind, float(theta), raw)

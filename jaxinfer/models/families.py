@@ -29,6 +29,13 @@ def family_name(config: ModelConfig) -> str:
     return family(config.architecture).__name__.rpartition(".")[2]
 
 
+def _architecture(hf: dict[str, Any]) -> str:
+    names = hf.get("architectures") or ["(none)"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ConfigError(f"architectures: expected a list such as ['LlamaForCausalLM'], found {names!r}")
+    return names[0]
+
+
 def from_hf(hf: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
     """Reads a Hugging Face ``config.json`` (the transformers 4 and 5 spellings of rope) as transformers would.
 
@@ -37,7 +44,7 @@ def from_hf(hf: dict[str, Any], generation: dict[str, Any] | None = None) -> Mod
     Raises:
       ConfigError: an architecture, activation or rope kind that is not supported, a missing field or an illegal value.
     """
-    architecture = (hf.get("architectures") or ["(none)"])[0]
+    architecture = _architecture(hf)
     for name in (architecture, str(hf.get("model_type"))):
         if name.lower().replace("_", "").startswith(("evo2", "stripedhyena")):
             raise ConfigError(f"architectures: {name!r} is not supported: {EVO2}")

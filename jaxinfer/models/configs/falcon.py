@@ -8,9 +8,11 @@ from jaxinfer.models.config import (
     activation,
     check_kv_heads,
     count,
+    given,
     head_width,
     legal,
     number,
+    optional,
     read_rope,
     special_tokens,
     stretched,
@@ -52,14 +54,15 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         if old in hf and name not in hf:
             raise ConfigError(f"{old}: not read by transformers, which calls it {name}: rename it")
     if hf.get("n_embed") is not None:
-        hf = hf | {"hidden_size": hf["n_embed"]}
+        hf = hf | {"hidden_size": count(hf, "n_embed")}
     hf = DEFAULTS | hf
     heads, context = count(hf, "num_attention_heads"), count(hf, "max_position_embeddings")
     head_dim = head_width(hf | {"head_dim": None}, "hidden_size", "num_attention_heads")
     legal(hf, "head_dim", hf.get("head_dim") or head_dim, head_dim)
-    parallel = bool(hf["new_decoder_architecture"] or hf["parallel_attn"])
-    rope = None if hf["alibi"] else read_rope(hf, head_dim, context)
-    bias = bool(hf["bias"])
+    parallel = given(hf, "parallel_attn", True) or given(hf, "new_decoder_architecture", False)
+    alibi = given(hf, "alibi", False)
+    rope = None if alibi else read_rope(hf, head_dim, context)
+    bias = given(hf, "bias", False)
     return ModelConfig(
         architecture=hf["architectures"][0],
         vocab_size=count(hf, "vocab_size"),
@@ -68,31 +71,31 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=_kv_heads(hf, heads),
         head_dim=head_dim,
-        mlp_width=4 * hf["hidden_size"] if hf.get("ffn_hidden_size") is None else count(hf, "ffn_hidden_size"),
+        mlp_width=4 * count(hf, "hidden_size") if hf.get("ffn_hidden_size") is None else count(hf, "ffn_hidden_size"),
         norm_eps=number(hf, "layer_norm_epsilon"),
         max_context=stretched(rope, context) if rope else context,
         rope=rope,
         windows=(None,) * count(hf, "num_hidden_layers"),
         activation=activation("activation", hf["activation"]),
-        tied=bool(hf["tie_word_embeddings"]),
+        tied=given(hf, "tie_word_embeddings", True),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=bias,
         norm="layer",
         parallel=parallel,
         parallel_norms=_norms(hf) if parallel else 1,
-        alibi=bool(hf["alibi"]),
+        alibi=alibi,
         **special_tokens(hf, generation),
     )
 
 
 def _kv_heads(hf: dict[str, Any], heads: int) -> int:
-    given = heads if hf.get("num_kv_heads") is None else count(hf, "num_kv_heads")
-    if hf["new_decoder_architecture"]:
-        return check_kv_heads("num_kv_heads", given, "num_attention_heads", heads)
-    if hf["multi_query"]:
+    kv_heads = heads if hf.get("num_kv_heads") is None else count(hf, "num_kv_heads")
+    if given(hf, "new_decoder_architecture", False):
+        return check_kv_heads("num_kv_heads", kv_heads, "num_attention_heads", heads)
+    if given(hf, "multi_query", True):
         return 1
-    legal(hf, "num_kv_heads", given, heads)  # with neither, every query head has its own
+    legal(hf, "num_kv_heads", kv_heads, heads)  # with neither, every query head has its own
     return heads
 
 
@@ -103,7 +106,7 @@ def _norms(hf: dict[str, Any]) -> int:
         return 1
     legal(hf, "parallel_attn", hf["parallel_attn"], True)
     legal(hf, "num_ln_in_parallel_attn", hf.get("num_ln_in_parallel_attn"), None, 1, 2)
-    return hf.get("num_ln_in_parallel_attn") or 2
+    return optional(hf, "num_ln_in_parallel_attn") or 2
 
 
 def layer_leaves(config: ModelConfig) -> Table:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxinfer.models.config import ModelConfig, activation, count, head_width, legal, number, special_tokens
+from jaxinfer.models.config import ModelConfig, activation, count, given, head_width, legal, number, special_tokens
 from jaxinfer.models.leaves import Table, attention_leaves, mlp_leaves, norm_leaves
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
@@ -30,11 +30,11 @@ ALIASES = {
 
 def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     """Reads a ``config.json`` as transformers would: see `families.from_hf`."""
-    hf = DEFAULTS | hf | {ALIASES[name]: value for name, value in hf.items() if name in ALIASES}
-    legal(hf, "scale_attn_weights", hf.get("scale_attn_weights", True), True)
+    hf = DEFAULTS | hf | {ALIASES[name]: count(hf, name) for name in ALIASES if name in hf}
+    legal(hf, "scale_attn_weights", given(hf, "scale_attn_weights", True), True)
     # reorder_and_upcast_attn is not looked at: scores are summed in float32 anyway
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        legal(hf, name, hf.get(name, False), False)
+        legal(hf, name, given(hf, name, False), False)
     width, heads, layers = count(hf, "n_embd"), count(hf, "n_head"), count(hf, "n_layer")
     positions = count(hf, "n_positions")
     return ModelConfig(
@@ -51,7 +51,7 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         rope=None,
         windows=(None,) * layers,
         activation=activation("activation_function", hf["activation_function"]),
-        tied=bool(hf.get("tie_word_embeddings", True)),
+        tied=given(hf, "tie_word_embeddings", True),
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,

@@ -9,9 +9,11 @@ from jaxinfer.models.config import (
     activation,
     check_kv_heads,
     count,
+    given,
     head_width,
     legal,
     number,
+    optional,
     read_rope,
     special_tokens,
     stretched,
@@ -34,8 +36,8 @@ _TANH = "gelu_pytorch_tanh"
 _GEMMA = {"head_dim": 256, "hidden_act": _TANH, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 4096},
-    "Qwen2ForCausalLM": {"sliding_window": 4096},
-    "Qwen3ForCausalLM": {"sliding_window": 4096, "head_dim": 128},
+    "Qwen2ForCausalLM": {"sliding_window": 4096, "max_window_layers": 28},
+    "Qwen3ForCausalLM": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
     "GemmaForCausalLM": _GEMMA,
     "Gemma2ForCausalLM": _GEMMA
     | {
@@ -57,7 +59,7 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         count(hf, "head_dim")  # null is not the width's share of a head there
     layers, heads = count(hf, "num_hidden_layers"), count(hf, "num_attention_heads")
     head_dim = head_width(hf, "hidden_size", "num_attention_heads")
-    bias = bool(hf.get("attention_bias", False)) and architecture in MAY_HAVE_BIAS
+    bias = given(hf, "attention_bias", False) and architecture in MAY_HAVE_BIAS
     context = count(hf, "max_position_embeddings")
     rope = _rope(hf, architecture, head_dim, context)
     return ModelConfig(
@@ -74,10 +76,10 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         rope=rope,
         windows=_windows(hf, architecture, layers),
         activation=_activation(hf, architecture),
-        tied=bool(hf.get("tie_word_embeddings", False)),
+        tied=given(hf, "tie_word_embeddings", False),
         qkv_bias=bias or architecture == "Qwen2ForCausalLM",
         o_bias=bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)) and architecture == "LlamaForCausalLM",
+        mlp_bias=given(hf, "mlp_bias", False) and architecture == "LlamaForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
         **_gemma(hf, architecture),
         **special_tokens(hf, generation),
@@ -113,7 +115,7 @@ def _activation(hf: dict[str, Any], architecture: str) -> str:
 def _rope(hf: dict[str, Any], architecture: str, head_dim: int, context: int) -> RopeConfig:
     if architecture != "Phi3ForCausalLM":
         return read_rope(hf, head_dim, context)
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    scaling = given(hf, "rope_scaling", {}) or given(hf, "rope_parameters", {})
     if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):  # what its first files called it
         hf = hf | {"rope_scaling": scaling | {"rope_type": "longrope"}}
     # where decoding passes the trained length, transformers computes the keys so far anew with the long factors; here
@@ -126,21 +128,22 @@ def _rope(hf: dict[str, Any], architecture: str, head_dim: int, context: int) ->
 def _kv_heads(hf: dict[str, Any], architecture: str, heads: int) -> int:
     # null means one per query head; not all may leave it out (the others' defaults are a 7B model's numbers)
     if architecture in ("LlamaForCausalLM", "Phi3ForCausalLM") or "num_key_value_heads" in hf:
-        hf = hf | {"num_key_value_heads": hf.get("num_key_value_heads") or heads}
+        hf = hf | {"num_key_value_heads": optional(hf, "num_key_value_heads") or heads}
     return check_kv_heads("num_key_value_heads", count(hf, "num_key_value_heads"), "num_attention_heads", heads)
 
 
 def _windows(hf: dict[str, Any], architecture: str, layers: int) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window")
     if architecture in ("MistralForCausalLM", "Phi3ForCausalLM"):
-        return (window or None,) * layers
+        return (optional(hf, "sliding_window"),) * layers
     if architecture == "Gemma2ForCausalLM":
         window, sliding = count(hf, "sliding_window"), range(0, layers, 2)
-    elif architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and window and hf.get("use_sliding_window", False):
-        sliding = range(hf.get("max_window_layers", 28), layers)
+    elif given(hf, "use_sliding_window", False) and architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        window = optional(hf, "sliding_window")
+        sliding = range(count(hf, "max_window_layers") if hf["max_window_layers"] != 0 else 0, layers)
     else:
         return (None,) * layers
-    kinds = hf.get("layer_types") or ["sliding_attention" if i in sliding else "full_attention" for i in range(layers)]
+    kinds = given(hf, "layer_types", [])
+    kinds = kinds or ["sliding_attention" if i in sliding else "full_attention" for i in range(layers)]
     if len(kinds) != layers:
         raise ConfigError(f"layer_types: expected {layers}, as num_hidden_layers says, found {len(kinds)}")
     for kind in kinds:

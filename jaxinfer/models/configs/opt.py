@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxinfer.models.config import ModelConfig, activation, count, head_width, legal, special_tokens
+from jaxinfer.models.config import ModelConfig, activation, count, given, head_width, legal, special_tokens
 from jaxinfer.models.leaves import Table, attention_leaves, mlp_leaves, norm_leaves
 
 ARCHITECTURES = ("OPTForCausalLM",)
@@ -29,8 +29,8 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     legal(hf, "layer_norm_elementwise_affine", hf.get("layer_norm_elementwise_affine", True), True)
     width, heads, layers = count(hf, "hidden_size"), count(hf, "num_attention_heads"), count(hf, "num_hidden_layers")
     embed_width = width if hf.get("word_embed_proj_dim") is None else count(hf, "word_embed_proj_dim")
-    context, biases = count(hf, "max_position_embeddings"), bool(hf.get("enable_bias", True))
-    norm_first = bool(hf.get("do_layer_norm_before", True))
+    context, biases = count(hf, "max_position_embeddings"), given(hf, "enable_bias", True)
+    norm_first = given(hf, "do_layer_norm_before", True)
     sizes = {"hidden_size": width, "num_attention_heads": heads}
     return ModelConfig(
         architecture=hf["architectures"][0],
@@ -46,13 +46,13 @@ def read(hf: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         rope=None,
         windows=(None,) * layers,
         activation=activation("activation_function", hf["activation_function"]),
-        tied=bool(hf.get("tie_word_embeddings", True)),
+        tied=given(hf, "tie_word_embeddings", True),
         qkv_bias=biases,
         o_bias=biases,
         mlp_bias=biases,
         norm="layer",
         norm_first=norm_first,
-        final_norm=norm_first and not hf.get("_remove_final_layer_norm", False),
+        final_norm=norm_first and not given(hf, "_remove_final_layer_norm", False),
         learned_positions=context + OFFSET,
         position_offset=OFFSET,
         embed_width=None if embed_width == width else embed_width,
