@@ -68,35 +68,61 @@ def test_the_first_lines_say_why_not_and_what_would_do(plan, preset, gpus, mesh,
     assert not data["fits"] and data["largest"] == {"batch": 0, "context": 0}
 
 
+def planned(gpus: str, words: tuple, text: str) -> dict[str, str]:
+    """The options of the plan that a line of advice stands for."""
+    options = dict(zip(words[::2], words[1::2])) | {"--gpus": gpus}
+    text = text.split(": TPOT ")[0]
+    if found := re.search(r"(\d+) x ([\w-]+)(?: \((\d+) nodes of (\d+)\))?", text):
+        count, kind, nodes, per_node = found.groups()
+        options["--gpus"] = f"{nodes}x{per_node}x{kind}" if nodes else f"{count}x{kind}"
+    elif found := re.fullmatch(r"one (\S+)", text):
+        options["--gpus"] = found[1]
+    return options | dict(re.findall(r"(--[a-z-]+) ([\w=,]+)", text))
+
+
 @pytest.mark.parametrize(
-    ("preset", "gpus", "mesh"),
+    ("preset", "gpus", "words", "least"),
     [
-        ("llama-2-70b", "6xA100-80", "tensor=6"),
-        ("falcon-180b", "12xA100-80", "tensor=12"),
-        ("openllama-7b", "T4", ""),
-        ("alia-40b", "A100-80", ""),
+        ("llama-2-70b", "6xA100-80", ("--mesh", "tensor=6"), 2),
+        ("falcon-180b", "12xA100-80", ("--mesh", "tensor=12"), 2),
+        ("openllama-7b", "T4", (), 3),
+        ("alia-40b", "A100-80", (), 2),
+        ("llama-3.1-70b", "1xT4", (), 1),
+        ("llama-3.1-70b", "8xT4", (), 1),
+        ("llama-3.1-70b", "2xT4", ("--batch", "64", "--dtype", "float32"), 1),
+        ("llama-3.1-70b", "2xT4", ("--context", "4096", "--dtype", "bfloat16"), 1),
+        ("openllama-7b", "8xT4", ("--dtype", "bfloat16"), 1),
+        ("openllama-7b", "A100-40", ("--dtype", "float32", "--batch", "16"), 5),
+        ("llama-3.1-8b", "1xA100-40", ("--batch", "4000"), 1),
+        ("llama-3.1-8b", "1xA100-40", ("--batch", "1", "--new-tokens", "100000", "--dtype", "float32"), 3),
+        ("llama-2-70b", "2x2xA100-40", ("--batch", "256"), 2),
     ],
 )
-def test_what_would_do_does(plan, preset, gpus, mesh):
-    _, data = plan("--preset", preset, "--gpus", gpus, *(("--mesh", mesh) if mesh else ()), status=1)
-    tried = 0
+def test_what_would_do_does(plan, preset, gpus, words, least):
+    _, data = plan("--preset", preset, "--gpus", gpus, *words, status=1)
+    assert len(data["advice"]) >= least
     for text in data["advice"]:
-        words = ("--preset", preset)
-        if found := re.match(r"(\d+) x (\S+?)(?: \((\d+) nodes of (\d+)\))?, --mesh (\S+):", text):
-            count, kind, nodes, per_node, other = found.groups()
-            plan(*words, "--gpus", f"{nodes}x{per_node}x{kind}" if nodes else f"{count}x{kind}", "--mesh", other)
-        elif found := re.match(r"--mesh (\S+) on these", text):
-            plan(*words, "--gpus", gpus, "--mesh", found[1])
-        elif found := re.match(r"one (\S+):", text):
-            plan(*words, "--gpus", found[1])
-        elif found := re.match(r"generate with --max-context (\d+) --max-batch 1 --prefill-chunk (\d+) ", text):
-            less = "--context", int(found[1]), "--batch", 1, "--prefill-chunk", found[2]
-            plan(*words, "--gpus", gpus, *less)
-            plan(*words, "--gpus", gpus, "--context", int(found[1]) + 16, *less[2:], status=1)
-        else:
-            raise AssertionError(f"not understood: {text}")
-        tried += 1
-    assert tried >= 2
+        options = planned(gpus, words, text)
+        asked = [each for pair in options.items() for each in pair]
+        assert asked != ["--gpus", gpus, *words], f"no change: {text}"
+        plan("--preset", preset, *asked)
+        if "--context" in text and gpus == options["--gpus"]:
+            more = options | {"--context": int(options["--context"]) + 16}
+            plan("--preset", preset, *[each for pair in more.items() for each in pair], status=1)
+
+
+def test_a_smaller_dtype_would_do(plan):
+    words = "--preset", "openllama-7b", "--dtype"
+    _, data = plan(*words, "float32", "--gpus", "A100-40", "--batch", 16, status=1)
+    assert any(each.startswith("--dtype bfloat16 with ") for each in data["advice"])
+    lines, _ = plan(*words, "bfloat16", "--gpus", "8xT4", status=1)
+    assert lines[3].startswith("would do: --dtype float16 with --mesh ")
+
+
+def test_nothing_would_do(plan, monkeypatch):
+    monkeypatch.setattr("jaxinfer.plan.__main__.advise", lambda *_: [])
+    lines, _ = plan("--preset", "llama-2-70b", "--gpus", "T4", status=1)
+    assert lines[3] == "nothing of these GPUs would do"
 
 
 def test_a_batch_that_the_cache_does_not_hold(plan):
@@ -173,6 +199,16 @@ def test_every_layout_is_listed_and_the_illegal_say_why(plan):
 )
 def test_gpus(text, gpus):
     assert parse_gpus(text) == gpus
+
+
+def test_a_node_size_that_was_stated_is_kept(plan):
+    words = "--preset", "llama-2-70b", "--mesh", "tensor=4", "--gpus"
+    (two, _), (one, data) = plan(*words, "4x2xA100-80"), plan(*words, "8xA100-80")
+    assert "on 4 x A100-80 (2 nodes of 2)" in two[0] and two[1:4] == plan(*words, "2x2xA100-80")[0][1:4]
+    assert one[0].endswith("on 4 x A100-80") and one[2] != two[2]
+    idle = "4 of 8 GPUs stay idle: mesh tensor=4 takes 4"
+    assert idle in data["notes"] and f"note: {idle}" in one and f"note: {idle}" in two
+    assert str(parse_gpus("1x2xA100-80").of(4)) == "4 x A100-80 (2 nodes of 2)"
 
 
 @pytest.mark.parametrize("text", ["0xT4", "2x0xT4", "8", "2x2x2xT4", "-1xT4", "", "T4x8x", "K80", "4xA100"])

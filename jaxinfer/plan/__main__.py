@@ -124,7 +124,9 @@ def plan(args: argparse.Namespace, source: Source) -> int:
         used = tried[0]["stage"] * tried[0]["data"] * tried[0]["tensor"]
         if used > gpus.count:
             raise LayoutError(f"mesh {args.mesh} needs {used} GPUs, --gpus gives {gpus.count}")
-        gpus = gpus if used == gpus.count else gpus.of(used)
+        if used < gpus.count:
+            notes.append(f"{gpus.count - used} of {gpus.count} GPUs stay idle: mesh {args.mesh} takes {used}")
+            gpus = gpus.of(used)
     layouts = rank([consider(ask, gpus, sizes) for sizes in tried])
     best = layouts[0]
     out = console()
@@ -147,7 +149,7 @@ def plan(args: argparse.Namespace, source: Source) -> int:
         advice = advise(ask, gpus, layouts)
         verb = "CANNOT BE" if best.memory is None else "DOES NOT FIT"
         lines(out, f"{verb}: --mesh {best.mesh}: {best.reason}")
-        lines(out, *(f"would do: {each}" for each in advice) or ("nothing of these GPUs would do",))
+        lines(out, *[f"would do: {each}" for each in advice] or ["nothing of these GPUs would do"])
     lines(out, *(f"note: {each}" for each in notes))
     if best.memory is not None:
         memory_table(out, best)

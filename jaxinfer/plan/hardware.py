@@ -88,15 +88,21 @@ SAME = {"V100": "V100-32", "H100-80": "H100", "H200-141": "H200"}
 
 @attrs.frozen
 class Gpus:
-    """GPUs of one type, `per_node` on each node."""
+    """GPUs of one type, `per_node` on each node. `stated`: the size of the nodes, where it was."""
 
     type: GpuType
     nodes: int
     per_node: int
+    stated: int | None = attrs.field(default=None, eq=False)
 
     @property
     def count(self) -> int:
         return self.nodes * self.per_node
+
+    @property
+    def node(self) -> int:
+        """How many a whole node has."""
+        return self.stated or max(self.per_node, self.type.per_node)
 
     def __str__(self) -> str:
         nodes = f" ({self.nodes} nodes of {self.per_node})" if self.nodes > 1 else ""
@@ -104,9 +110,8 @@ class Gpus:
 
     def of(self, count: int) -> "Gpus":
         """As many of the same type: on one node if they find room there, else spread evenly."""
-        most = max(self.per_node, self.type.per_node)
-        per_node = max(each for each in range(1, most + 1) if count % each == 0)
-        return Gpus(self.type, count // per_node, per_node)
+        per_node = max(each for each in range(1, self.node + 1) if count % each == 0)
+        return Gpus(self.type, count // per_node, per_node, self.stated)
 
 
 def parse_gpus(text: str) -> Gpus:
@@ -125,7 +130,7 @@ def parse_gpus(text: str) -> Gpus:
         raise LayoutError(f"gpus: unknown type {found[3]!r}; legal: {', '.join(GPUS)}")
     type_ = GPUS[SAME.get(name, name)]
     if len(counts) == 2:
-        return Gpus(type_, *counts)
+        return Gpus(type_, *counts, stated=counts[1])
     return Gpus(type_, 1, type_.per_node).of(prod(counts))
 
 

@@ -68,7 +68,8 @@ class Layout:
     def speed(self) -> str:
         """In words; of a layout with a prediction."""
         tpot, rate = self.prediction.tpot_s * 1e3, self.prediction.tokens_per_s
-        return f"TPOT {tpot:.3g} ms, {rate:,.0f} tokens/s with {self.work.batch:,} at once"
+        rounded = f"{rate:,.0f}" if rate >= 1 else f"{rate:.1g}"
+        return f"TPOT {tpot:.3g} ms, {rounded} tokens/s with {self.work.batch:,} at once"
 
 
 def meshes(count: int) -> Iterator[dict[str, int]]:
