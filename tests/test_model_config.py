@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf, leaves
 from jaxinfer.ops.rope import angles
@@ -198,6 +199,22 @@ def test_config_survives_json():
     for hf in (BASE, longrope, BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 8}):
         config = from_hf(hf, {"eos_token_id": [3, 4]})
         assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_manifest_of_another_version_is_refused_by_field():
+    written = from_hf(BASE).to_json()
+    newer = r"manifest.json: model: (rope: )?unknown field .*'router'.* newer version"
+    changes = (
+        ({"router": 2}, newer),
+        ({"rope": written["rope"] | {"router": 2}}, newer),
+        ({"vocab_size": ...}, "manifest.json: damaged, model: missing vocab_size"),
+        ({"rope": [1]}, "manifest.json: damaged, model: rope: expected a mapping"),
+        ({"windows": ...}, "manifest.json: damaged, model: missing windows"),
+    )
+    for change, message in changes:
+        model = {name: value for name, value in (written | change).items() if value is not ...}
+        with pytest.raises(CheckpointError, match=message):
+            ModelConfig.from_json(model)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 Here is what the families share; each family's file reads its own fields (`families.from_hf`)."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import inf
 from typing import Any
+
+from jaxinfer.checkpoint.files import CheckpointError
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -94,11 +96,25 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
-        data = dict(data)
-        data["rope"] = data["rope"] and RopeConfig(**data["rope"])
-        data["windows"] = tuple(data["windows"])
-        data["eos_token_ids"] = tuple(data["eos_token_ids"])
-        return cls(**data)
+        """Raises CheckpointError where the fields are not those that this version writes."""
+        _check_fields(cls, data, "model")
+        rope = data["rope"]
+        if rope:
+            _check_fields(RopeConfig, rope, "model: rope")
+        sequences = {name: tuple(data[name]) for name in ("windows", "eos_token_ids") if name in data}
+        return cls(**data | sequences | {"rope": rope and RopeConfig(**rope)})
+
+
+def _check_fields(kind: type, data: dict[str, Any], what: str) -> None:
+    if not isinstance(data, dict):
+        raise CheckpointError(f"manifest.json: damaged, {what}: expected a mapping, found {data!r}")
+    known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(kind)}
+    if unknown := data.keys() - known.keys():
+        names = ", ".join(map(repr, sorted(unknown)))
+        newer = "the checkpoint was probably made by a newer version; update"
+        raise CheckpointError(f"manifest.json: {what}: unknown field {names}: {newer}")
+    if missing := [name for name, needed in known.items() if needed and name not in data]:
+        raise CheckpointError(f"manifest.json: damaged, {what}: missing {', '.join(missing)}")
 
 
 _LEGAL = {bool: "true or false", dict: "a mapping", list: "a list"}
