@@ -14,11 +14,10 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.common import count, start, user_errors
+from benchmarks.common import count, file_to_write, start, user_errors
 from benchmarks.report import Row
 from jaxinfer import __version__
 from jaxinfer.cluster.distributed import everyone
@@ -36,9 +35,12 @@ ROUNDS = 5
 
 def sizes(text: str) -> list[int]:
     try:
-        return [int(part[:-1]) * UNITS[part[-1]] for part in text.split(",")]
+        found = [int(part[:-1]) * UNITS[part[-1]] for part in text.split(",")]
     except (ValueError, KeyError, IndexError):
-        raise argparse.ArgumentTypeError(f"found {text!r}, legal is sizes like 8K,1M,64M") from None
+        found = []
+    if min(found, default=0) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, legal is sizes like 8K,1M,64M")
+    return found
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def main() -> None:
     made.add_argument("--sizes", type=sizes, default=sizes(SIZES), metavar="SIZE,...", help=f"(default: {SIZES})")
     made.add_argument("--chain", type=count, default=32, metavar="N", help="collectives in a program (default: 32)")
     made.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    made.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there")
     add_process_options(made)
     args = made.parse_args()
     with user_errors("collectives"):

@@ -15,6 +15,7 @@ import attrs
 
 from benchmarks import report
 from benchmarks.limits import Limits, measure
+from benchmarks.peers import run_peer
 from benchmarks.report import Row
 from benchmarks.shapes import NAMES, dtype_of, hf_config, model_config
 from convert.dummy import write_dummy
@@ -30,6 +31,7 @@ from jaxinfer.options import Parser, add_process_options
 from jaxinfer.parallel.axes import mesh_text, parse_mesh
 from jaxinfer.telemetry.manifest import describe_run
 
+FIXED = {"mesh", "stage_layers", "load_format"}
 ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -46,15 +48,27 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     group.add_argument("--model", default="llama-3.1-8b", metavar="NAME", help=what)
     group.add_argument("--mesh", default="", metavar="AXES", help="tensor=8, say (default: one device)")
     group.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
-    what = "fields of EngineConfig: kernels=off,decode_steps=16, say"
+    what = "fields of EngineConfig, but for mesh, stage_layers and load_format: kernels=off,decode_steps=16, say"
     group.add_argument("--engine", type=fields, default={}, metavar="NAME=VALUE,...", help=what)
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    group.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there")
     add_process_options(made)
     return made
 
 
 def add_peer_option(made: argparse.ArgumentParser, name: str) -> None:
     made.add_argument("--peer", action="store_true", help=f"first run {name} on the same work (needs torch)")
+
+
+def peer_first(
+    name: str, args: argparse.Namespace, module: str, options: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures of a peer and notes on them, while this process holds nothing of the GPU."""
+    with user_errors(name):
+        model_config(args.model)
+        launch = find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)
+        if launch is not None and launch.num_processes > 1:
+            raise ValueError(f"--peer: found {launch.num_processes} processes, legal is one: it has the GPU for itself")
+    return run_peer(module, args.model, args.cpu_devices, options)
 
 
 def numbers(text: str) -> list[int]:
@@ -71,6 +85,15 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, legal is a whole number of at least 1")
     return int(text)
+
+
+def file_to_write(text: str) -> Path:
+    """Known before the run, whose figures would be lost."""
+    path = Path(text)
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if path.is_dir() or not (there == path.absolute() or there.is_dir()) or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+    return path
 
 
 def fields(text: str) -> dict[str, Any]:
@@ -110,6 +133,9 @@ class Bench:
         """The model on its mesh; what --engine says wins over `options`."""
         from jaxinfer.llm import LLM
 
+        needed, longest = options.get("max_context", 0), self.model.max_context
+        if needed > longest:
+            raise ValueError(f"prompt and new tokens: {needed:,} together, legal is the model's context of {longest:,}")
         return LLM(self.folder, self.sizes, load_format="dummy", **options | self.args.engine)
 
     def finish(self, rows: list[Row], details: Mapping[str, Any], notes: Mapping[str, str]) -> None:
@@ -136,6 +162,10 @@ def benchmark(name: str, args: argparse.Namespace) -> Iterator[Bench]:
     """Joins the other processes if there are any, starts JAX, measures the device. A user's mistake ends the program
     with one line and status 2."""
     with user_errors(name), tempfile.TemporaryDirectory() as folder:
+        if fixed := args.engine.keys() & FIXED:
+            raise ValueError(
+                f"--engine: {', '.join(sorted(fixed))} cannot be set there (--mesh is an option of its own)"
+            )
         model, dtype, sizes = model_config(args.model), dtype_of(args.model), parse_mesh(args.mesh)
         dtype = args.engine.get("dtype", dtype)
         write_dummy(hf_config(args.model), folder, dtype)
@@ -148,7 +178,8 @@ def user_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, ConfigError, ConvertError, ClusterError, ThreadPoolError) as error:
-        sys.exit(f"python -m benchmarks.{name}: error: {' '.join(str(error).split())}")
+        print(f"python -m benchmarks.{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def start(args: argparse.Namespace) -> None:

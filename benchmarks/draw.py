@@ -136,7 +136,8 @@ def main() -> None:
     try:
         draw(read(args.files), args.output)
     except DrawError as error:
-        sys.exit(f"python -m benchmarks.draw: error: {error}")
+        print(f"python -m benchmarks.draw: error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(args.output)
 
 

@@ -26,9 +26,9 @@ from benchmarks.common import (
     middle,
     numbers,
     parser,
+    peer_first,
     run,
 )
-from benchmarks.peers import run_peer
 from benchmarks.report import Row
 from benchmarks.shapes import random_prompts
 
@@ -50,7 +50,7 @@ def main() -> None:
     if args.peer:  # first, while this process holds nothing of the GPU
         options = {"batch": ",".join(map(str, args.batch)), "prompt-tokens": args.prompt_tokens}
         options |= {"new-tokens": args.new_tokens, "repeats": args.repeats}
-        peer, notes = run_peer("transformers_static", args.model, args.cpu_devices, options)
+        peer, notes = peer_first("latency", args, "transformers_static", options)
     with benchmark("latency", args) as bench:
         rows: list[Row] = []
         details: dict[str, Any] = {}

@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from benchmarks.common import count, numbers
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.checkpoint.reader import BLOCK, Reader
+from jaxinfer.models.config import ModelConfig
 
 SAMPLE = 64 << 20
 TENSOR = (1, 2, 4, 8, 16)
@@ -97,16 +99,23 @@ def drop_pages(paths: Sequence[Path]) -> None:
         os.close(handle)
 
 
-def bytes_table(reader: Reader, parameters: Any) -> None:
-    """Bytes of chunk files that processes read, over the bytes of weights that their devices need."""
+def bytes_table(reader: Reader, model: ModelConfig, parameters: Any) -> None:
+    """Bytes of chunk files that processes read, over the bytes of weights that their devices need, for meshes that the
+    model can have."""
     import jax
 
     from jaxinfer.checkpoint.load import local_piece
+    from jaxinfer.engine.fit import check_model
+    from jaxinfer.parallel.axes import LayoutError
     from jaxinfer.parallel.placement import Parameter, Rules
 
     print("\n| tensor | one process for all devices | one process per device |\n|---|---|---|")
     for tensor in TENSOR:
         sizes = {"stage": 1, "data": 1, "tensor": tensor}
+        try:
+            check_model(model, sizes)
+        except LayoutError:
+            continue
         declared = jax.tree.leaves(parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
         needed: list[dict[str, int]] = []  # per device, slice to bytes
         files: list[dict[str, int]] = []
@@ -132,10 +141,10 @@ def _total(sizes: Mapping[str, int]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="CKPT_DIR")
-    parser.add_argument("--threads", default="1,2,4,8,16", metavar="N,N,...")
+    parser.add_argument("--threads", type=numbers, default=[1, 2, 4, 8, 16], metavar="N,N,...")
     parser.add_argument("--mesh", default="", metavar="AXES", help="as for jaxinfer.generate (default: one device)")
     parser.add_argument("--cpu-devices", type=int, metavar="N", help="run on N virtual CPU devices")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N")
     parser.add_argument("--bytes", action="store_true", help="also bytes read over bytes needed, by mesh")
     args = parser.parse_args()
     if args.cpu_devices:
@@ -154,7 +163,6 @@ def measure(args: argparse.Namespace) -> None:
     from jaxinfer.checkpoint.fill import fill
     from jaxinfer.checkpoint.load import default_threads, load, local_pieces
     from jaxinfer.engine.forward import Decoder
-    from jaxinfer.models.config import ModelConfig
     from jaxinfer.parallel.axes import parse_mesh
     from jaxinfer.parallel.mesh import make_mesh
     from jaxinfer.parallel.placement import Rules
@@ -187,7 +195,7 @@ def measure(args: argparse.Namespace) -> None:
     rate = whole(threads)
     print(f"first load of the process, {threads} threads: {size / rate:.2f} s, {rate / 1e9:.1f} GB/s\n")
     print("| files | threads | memcpy | check | read | to device | host | load |\n|---|---|---|---|---|---|---|---|")
-    for threads in map(int, args.threads.split(",")):
+    for threads in args.threads:
         best = [
             max(measured() for _ in range(args.repeats)) / 1e9
             for measured in (
@@ -201,7 +209,7 @@ def measure(args: argparse.Namespace) -> None:
         ]
         row = " | ".join(f"{rate:.1f}" for rate in best)
         print(f"| cached | {threads} | {row} ({best[-1] / best[2]:.0%}) |", flush=True)
-    for threads in map(int, args.threads.split(",")):
+    for threads in args.threads:
         cold = []
         for measured in (lambda: read(threads, paths, size), lambda: host(threads), lambda: whole(threads)):
             drop_pages(paths)
@@ -211,7 +219,7 @@ def measure(args: argparse.Namespace) -> None:
             flush=True,
         )
     if args.bytes:
-        bytes_table(reader, Decoder(model, balance(model.num_layers, 1)).parameters())
+        bytes_table(reader, model, Decoder(model, balance(model.num_layers, 1)).parameters())
 
 
 if __name__ == "__main__":

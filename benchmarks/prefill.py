@@ -9,8 +9,7 @@ the matmul rate measured beside it. A first run, not counted, compiles the progr
 """
 
 from benchmarks import floor
-from benchmarks.common import add_peer_option, benchmark, count, middle, parser, run
-from benchmarks.peers import run_peer
+from benchmarks.common import add_peer_option, benchmark, count, middle, parser, peer_first, run
 from benchmarks.report import Row
 from benchmarks.shapes import random_prompts
 
@@ -28,7 +27,7 @@ def main() -> None:
     notes: dict[str, str] = {}
     if args.peer:
         options = {"batch": args.prompts, "prompt-tokens": args.prompt_tokens, "new-tokens": 2, "repeats": args.repeats}
-        found, notes = run_peer("transformers_static", args.model, args.cpu_devices, options)
+        found, notes = peer_first("prefill", args, "transformers_static", options)
         peer = {PEER: found[f"TTFT, B={args.prompts}"] / 1e3} if found else {}
     with benchmark("prefill", args) as bench:
         sizes = [args.prompt_tokens] * args.prompts

@@ -18,16 +18,19 @@ def hf_config(name: str) -> dict[str, Any]:
     """Of a preset, or of the ``config.json`` with that path.
 
     Raises:
-      ValueError: neither, or not JSON.
+      ValueError: neither, or not a JSON object.
     """
     if name in NAMES:
         return load_preset(name).config
     try:
-        return json.loads(Path(name).read_bytes())
+        found = json.loads(Path(name).read_bytes())
     except OSError as error:
         raise ValueError(f"model: {name!r}: {error.strerror}; legal: {', '.join(NAMES)}, or a config.json") from error
     except ValueError as error:
         raise ValueError(f"model: {name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"model: {name}: found {type(found).__name__}, legal is what a config.json holds")
+    return found
 
 
 def model_config(name: str) -> ModelConfig:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.common import count, fields, user_errors
+from benchmarks.common import count, fields, file_to_write, user_errors
 from benchmarks.report import Row, with_goals
 from benchmarks.shapes import NAMES, dtype_of, hf_config, model_config, random_prompts
 from convert.dummy import write_dummy
@@ -48,7 +48,7 @@ def main() -> None:
     made.add_argument("--engine", type=fields, default={}, metavar="NAME=VALUE,...", help=what)
     made.add_argument("--prompt-tokens", type=count, default=512, metavar="N", help="(default: 512)")
     made.add_argument("--new-tokens", type=count, default=64, metavar="N", help="of the second request (default: 64)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    made.add_argument("--json", type=file_to_write, metavar="FILE", help="write the figures there")
     args = made.parse_args()
     with user_errors("startup"), tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -16,8 +16,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks import floor
-from benchmarks.common import add_peer_option, benchmark, count, parser, run
-from benchmarks.peers import run_peer
+from benchmarks.common import add_peer_option, benchmark, count, parser, peer_first, run
 from benchmarks.report import Row
 from benchmarks.shapes import random_prompts
 
@@ -51,7 +50,7 @@ def main() -> None:
     if args.peer:
         options = {"requests": args.requests, "prompt-range": "{}:{}".format(*args.prompt_range)}
         options["new-tokens"] = args.new_tokens
-        peer, notes = run_peer("transformers_batching", args.model, args.cpu_devices, options)
+        peer, notes = peer_first("throughput", args, "transformers_batching", options)
     with benchmark("throughput", args) as bench:
         sizes = lengths(args.requests, args.prompt_range)
         prompts = random_prompts(bench.model.vocab_size, sizes)

@@ -56,7 +56,9 @@ def test_prefill_counts_layers_attention_and_one_head_per_prompt():
     layer = 4096 * (32 + 8 + 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 14336
     tokens = 64 * 512
     attention = 4 * 4096 * 32 * 64 * (512 * 513 // 2)
-    assert floor.prefill_flops(model, [512] * 64) == 2 * tokens * 32 * layer + attention + 2 * 64 * 4096 * 128256
+    once = layer - 2 * 4096 * 8 * 128  # the last layer's, but for keys and values
+    layers = 2 * tokens * (32 * layer - once) + 2 * 64 * once
+    assert floor.prefill_flops(model, [512] * 64) == layers + attention + 2 * 64 * 4096 * 128256
 
 
 def test_a_mesh_divides_what_it_can():
@@ -145,6 +147,11 @@ def test_throughput_counts_tokens(tmp_path, monkeypatch):
         (latency, "--model tiny --engine kernels", "legal is NAME=VALUE"),
         (latency, "--model tiny --mesh tensr=2", "unknown axis 'tensr'"),
         (latency, "--model tiny --engine kernls=off", "kernls: no such option"),
+        (latency, "--model tiny --engine mesh=tensor=2", "mesh cannot be set there"),
+        (latency, "--model tiny --batch 1 --engine decode_steps=1.5", "decode_steps: found 1.5, legal is a whole"),
+        (latency, "--model tiny --batch 1 --prompt-tokens 4090 --new-tokens 9", "4,099 together, legal is the model's"),
+        (latency, "--model none.json --peer", "model: 'none.json': No such file"),
+        (latency, "--model tiny --json /dev/null/x.json", "/dev/null/x.json: cannot be written"),
         (throughput, "--model tiny --prompt-range 9:3", "legal is LOW:HIGH"),
         (draw, "none.json --output x.png", "none.json: No such file"),
     ],
@@ -154,7 +161,7 @@ def test_mistakes_take_one_line(command, options, text, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main()
     message = capsys.readouterr().err or str(ended.value)
-    assert ended.value.code != 0 and len(message.splitlines()) == 1 and text in message
+    assert ended.value.code == 2 and len(message.splitlines()) == 1 and text in message
 
 
 def test_draw_refuses_what_it_cannot_compare(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 DTYPES = ("bfloat16", "float16", "float32")
 KERNELS = ("auto", "on", "off")
 LOAD_FORMATS = ("checkpoint", "dummy")
+MOST_STEPS = 1024  # of a decode block
 LONG_ROW, SHORT_ROW = 512, 32  # tokens per row of a prefill tick
 
 
@@ -53,8 +54,13 @@ class EngineConfig:
 
     def __post_init__(self):
         for name in ("max_batch", "page_size", "decode_steps", "prefill_chunk", "prefill_ticks", "load_threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is below 1")
+            value = getattr(self, name)
+            if not isinstance(value, int | None):
+                raise ValueError(f"{name}: found {value!r}, legal is a whole number")
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is below 1")
+        if self.decode_steps > MOST_STEPS:
+            raise ValueError(f"decode_steps: {self.decode_steps} is above {MOST_STEPS}: a block cannot be interrupted")
         if self.pages is not None and self.pages < 2:
             raise ValueError(f"pages: {self.pages} is below 2 (one page is the null page)")
         if self.max_context is not None and self.max_context < 2:

@@ -6,7 +6,8 @@ Letters: B sequences, S cached tokens of each, L layers, H width, N query heads,
   each cached key and value once: ``weights + B S 2 L K D`` numbers. It multiplies by every matrix: ``2 B weights``
   floating-point operations, and ``4 B S L N D`` for attention.
 - Prefill computes ``2 T`` per weight of the layers' matrices for T prompt tokens, ``4 L N D T (T + 1) / 2`` per prompt
-  for causal attention, and the head for the last token of each prompt alone.
+  for causal attention, and the head for the last token of each prompt alone. Of the last layer's products all but those
+  that make keys and values are for that token alone, too.
 """
 
 from collections.abc import Sequence
@@ -37,12 +38,22 @@ def decode_flops(model: ModelConfig, batch: int, cached: float) -> float:
 
 
 def matrices(model: ModelConfig) -> int:
-    """Numbers in the layers' matrices, which every prompt token is multiplied by."""
-    return sum(
-        prod(leaf.shape)
+    """Numbers in the layers' matrices."""
+    return sum(_matrices(model, "layers.").values())
+
+
+def _matrices_of_the_last_token(model: ModelConfig) -> int:
+    """Of the last layer, without what makes keys and values."""
+    last = f"layers.{model.num_layers - 1}."
+    return sum(size for name, size in _matrices(model, last).items() if name not in (f"{last}k", f"{last}v"))
+
+
+def _matrices(model: ModelConfig, prefix: str) -> dict[str, int]:
+    return {
+        name: prod(leaf.shape)
         for name, leaf in leaves(model).items()
-        if name.startswith("layers.") and len(leaf.shape) > 1 and not name.endswith("_bias")
-    )
+        if name.startswith(prefix) and len(leaf.shape) > 1 and not name.endswith("_bias")
+    }
 
 
 def prefill_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
@@ -50,7 +61,8 @@ def prefill_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
     pairs = sum(_pairs(length, window or length) for length in lengths for window in model.windows)
     attention = 4 * model.num_heads * model.head_dim * pairs
     head = 2 * len(lengths) * prod(leaves(model)["embed"].shape)
-    return 2 * sum(lengths) * matrices(model) + attention + head
+    of_last = 2 * (sum(lengths) - len(lengths)) * _matrices_of_the_last_token(model)
+    return 2 * sum(lengths) * matrices(model) - of_last + attention + head
 
 
 def _pairs(length: int, window: int) -> int:
