@@ -273,6 +273,30 @@ def test_bfloat16_becomes_float16_where_there_is_none_and_it_says_so(plan):
     assert "legal here: float16, float32" in lines[2]
 
 
+@pytest.mark.parametrize("place", ["nowhere/plan.json", "."])
+def test_a_json_that_cannot_be_written_is_refused_before_the_plan(capsys, tmp_path, place):
+    with pytest.raises(SystemExit) as end:
+        main(["--preset", "tiny", "--gpus", "T4", "--json", str(tmp_path / place)])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out and err.startswith("jaxinfer.plan: error: --json ")
+
+
+def test_tpot_is_compared_at_one_batch(plan):
+    words = "--preset", "llama-2-70b", "--gpus", "6xA100-80", "--context"
+    lines, data = plan(*words, 4096)
+    fit = {each["mesh"]: each["batch"] for each in data["layouts"] if each["fits"]}
+    few = min(fit.values())
+    line = next(line for line in lines if line.startswith("lowest TPOT"))
+    found = re.fullmatch(
+        r"lowest TPOT with (\d+) at once: --mesh (\S+); most tokens/s with (\d+) at once: --mesh (\S+)", line
+    )
+    assert few < max(fit.values()) and int(found[1]) == few and int(found[3]) == fit[found[4]]
+    _, alike = plan(*words, 4096, "--batch", few)
+    assert found[2] == min(alike["layouts"], key=lambda each: each.get("predicted", {}).get("tpot_s", 9))["mesh"]
+    lines, _ = plan(*words, 4096, "--batch", few)
+    assert f"lowest TPOT: --mesh {found[2]}; most tokens/s: --mesh {alike['layouts'][0]['mesh']}" in lines
+
+
 def test_json_has_what_the_screen_says(plan):
     lines, data = plan("--preset", "llama-3.1-8b", "--gpus", "H200", "--batch", 8, "--context", 2048)
     layout = data["layouts"][0]
@@ -350,6 +374,20 @@ def test_check_on_two_virtual_devices(tmp_path):
     assert done.returncode == 0, done.stderr
     check_of_tiny(json.loads((tmp_path / "check.json").read_text()), 1)
     assert "tiny on tensor=2 of cpu, float32, 2 x 64 tokens" in done.stdout and "do not report memory" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "table"),
+    [
+        (("tiny", "--cpu-devices", "8", "--mesh", "stage=8"), "CANNOT BE: --mesh stage=8: .*legal: 1 to 4", False),
+        (("llama-2-70b", "--memory-fraction", "0.01"), r"DOES NOT FIT: --mesh tensor=1: memory: needs \d+ MiB", True),
+    ],
+)
+def test_check_of_what_does_not_fit_ends_with_1(words, answer, table):
+    command = [sys.executable, "-m", "jaxinfer.plan", "--check", "--preset", *words]
+    done = subprocess.run(command, cwd=ROOT, env=own_environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and re.match(answer, done.stdout), done.stdout + done.stderr
+    assert ("headroom" in done.stdout) == table and not done.stderr
 
 
 @pytest.mark.slow

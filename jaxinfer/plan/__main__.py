@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--gpus is missing: 8xA100-40, say; types: {', '.join(GPUS)}")
     if args.check and args.gpus is not None:
         parser.error("--check looks at the devices that are here: leave --gpus out")
+    if args.json is not None and not args.check and not _writable(args.json):  # a check's first process alone writes
+        parser.error(f"--json {args.json}: no file can be written there")
     return args
 
 
@@ -147,8 +150,7 @@ def plan(args: argparse.Namespace, source: Source) -> int:
     else:
         most = {"batch": 0, "context": 0}
         advice = advise(ask, gpus, layouts)
-        verb = "CANNOT BE" if best.memory is None else "DOES NOT FIT"
-        lines(out, f"{verb}: --mesh {best.mesh}: {best.reason}")
+        lines(out, best.refusal)
         lines(out, *[f"would do: {each}" for each in advice] or ["nothing of these GPUs would do"])
     lines(out, *(f"note: {each}" for each in notes))
     if best.memory is not None:
@@ -198,6 +200,10 @@ def _gpus(text: str) -> Gpus:
         return parse_gpus(text)
     except LayoutError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _writable(file: Path) -> bool:
+    return not file.is_dir() and os.access(file.parent, os.W_OK)
 
 
 def _count(text: str) -> int:

@@ -15,11 +15,11 @@ from jaxinfer.cluster.cpu import use_virtual_devices
 from jaxinfer.cluster.launch import find_launch
 from jaxinfer.engine.device import claim_memory, device_memory
 from jaxinfer.engine.layout import auto_mesh
-from jaxinfer.parallel.axes import mesh_text, parse_mesh
+from jaxinfer.parallel.axes import LayoutError, mesh_text, parse_mesh
 from jaxinfer.plan.hardware import Gpus, GpuType, recognise
-from jaxinfer.plan.layouts import Ask
+from jaxinfer.plan.layouts import Ask, Layout
 from jaxinfer.plan.predict import Place, Workload, predict
-from jaxinfer.plan.show import console, lines
+from jaxinfer.plan.show import console, lines, memory_table
 from jaxinfer.plan.source import Source
 
 START_S = 600
@@ -56,16 +56,19 @@ def check(args: argparse.Namespace, source: Source, ask: Ask) -> int:
     batch = ask.batch or 1
     config = attrs.evolve(ask, batch=batch).config(mesh)
     weights = source.checkpoint is not None and bool(source.manifest.leaves)
-    llm = LLM(
-        source.checkpoint if weights else source.manifest,
-        mesh,
-        dtype=ask.dtype,
-        load_format="checkpoint" if weights else "dummy",
-        max_batch=config.max_batch,
-        max_context=ask.context,
-        memory_fraction=ask.memory_fraction,
-        prefill_chunk=ask.prefill_chunk,
-    )
+    try:
+        llm = LLM(
+            source.checkpoint if weights else source.manifest,
+            mesh,
+            dtype=ask.dtype,
+            load_format="checkpoint" if weights else "dummy",
+            max_batch=config.max_batch,
+            max_context=ask.context,
+            memory_fraction=ask.memory_fraction,
+            prefill_chunk=ask.prefill_chunk,
+        )
+    except LayoutError as error:
+        return _refused(Layout(mesh, gpus, str(error), getattr(error, "plan", None)))
     work = Workload(batch, ask.context, ask.new_tokens)
     measured = _tpot(llm, work)
     memory = llm.engine.memory
@@ -92,6 +95,17 @@ def check(args: argparse.Namespace, source: Source, ask: Ask) -> int:
     distributed.wait_for_all("jaxinfer.plan ends")
     distributed.leave()
     return 0
+
+
+def _refused(layout: Layout) -> int:
+    import jax
+
+    if jax.process_index() == 0:
+        out = console()
+        lines(out, layout.refusal)
+        if layout.memory is not None:
+            memory_table(out, layout)
+    return 1
 
 
 def start(args: argparse.Namespace) -> None:

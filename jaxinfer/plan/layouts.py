@@ -42,13 +42,14 @@ class Ask:
 
 @attrs.frozen
 class Layout:
-    """A mesh on GPUs. `reason`: why it cannot be, "" where it can; `memory` is there unless the mesh is illegal.
+    """A mesh on GPUs (None: devices of no known type). `reason`: why it cannot be, "" where it can; `memory` is there
+    unless the mesh is illegal.
 
     `holds`: whole contexts that the cache holds at once, over all data shards.
     """
 
     sizes: dict[str, int]
-    gpus: Gpus
+    gpus: Gpus | None
     reason: str = ""
     memory: MemoryPlan | None = None
     fitted: Fitted | None = None
@@ -63,6 +64,11 @@ class Layout:
     @property
     def fits(self) -> bool:
         return not self.reason
+
+    @property
+    def refusal(self) -> str:
+        verb = "CANNOT BE" if self.memory is None else "DOES NOT FIT"
+        return f"{verb}: --mesh {self.mesh}: {self.reason}"
 
     @property
     def speed(self) -> str:
@@ -99,6 +105,12 @@ def consider(ask: Ask, gpus: Gpus, sizes: dict[str, int]) -> Layout:
     work = Workload(batch, ask.context, ask.new_tokens)
     prediction = predict(Place(ask.model, found, sizes, gpus, ask.dtype), work)
     return Layout(sizes, gpus, reason, found.memory, found, holds, work, prediction)
+
+
+def tpot(ask: Ask, layout: Layout, batch: int) -> float:
+    """Of a layout that fits, with another number of sequences at once."""
+    place = Place(ask.model, layout.fitted, layout.sizes, layout.gpus, ask.dtype)
+    return predict(place, attrs.evolve(layout.work, batch=batch)).tpot_s
 
 
 def rank(layouts: list[Layout]) -> list[Layout]:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxinfer.plan.layouts import Ask, Layout
+from jaxinfer.plan.layouts import Ask, Layout, tpot
 
 GIB = 1 << 30
 WIDTH = 140  # where the output is a file
@@ -92,8 +92,7 @@ def layouts_table(out: Console, ask: Ask, layouts: list[Layout]) -> None:
             out.print(f"and {len(ranked) - SHOWN} more; --json has them")
         fit = [each for each in ranked if each.fits]
         if len(fit) > 1:
-            quick = min(fit, key=lambda each: each.prediction.tpot_s)
-            out.print(f"lowest TPOT: --mesh {quick.mesh}; most tokens/s: --mesh {fit[0].mesh}", soft_wrap=True)
+            out.print(best_text(ask, fit), soft_wrap=True, markup=False)
     refused = [each for each in layouts if each.prediction is None]
     if len(layouts) == 1:  # the answer has said why
         return
@@ -103,6 +102,14 @@ def layouts_table(out: Console, ask: Ask, layouts: list[Layout]) -> None:
         out.print(f"  {layout.mesh}: {layout.reason}", soft_wrap=True, markup=False)
     if len(refused) > SHOWN:
         out.print(f"  and {len(refused) - SHOWN} more; --json has them")
+
+
+def best_text(ask: Ask, fit: list[Layout]) -> str:
+    """TPOT compared at one batch: that of the layout that takes the fewest sequences at once."""
+    batch, most = min(each.work.batch for each in fit), fit[0]
+    quick = min(fit, key=lambda each: tpot(ask, each, batch))
+    few, many = (f" with {each:,} at once" if ask.batch is None else "" for each in (batch, most.work.batch))
+    return f"lowest TPOT{few}: --mesh {quick.mesh}; most tokens/s{many}: --mesh {most.mesh}"
 
 
 def lines(out: Console, *texts: Any) -> None:
