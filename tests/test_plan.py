@@ -75,7 +75,7 @@ def planned(gpus: str, words: tuple, text: str) -> dict[str, str]:
     if found := re.search(r"(\d+) x ([\w-]+)(?: \((\d+) nodes of (\d+)\))?", text):
         count, kind, nodes, per_node = found.groups()
         options["--gpus"] = f"{nodes}x{per_node}x{kind}" if nodes else f"{count}x{kind}"
-    elif found := re.fullmatch(r"one (\S+)", text):
+    elif found := re.search(r"\bone (\S+)$", text):
         options["--gpus"] = found[1]
     return options | dict(re.findall(r"(--[a-z-]+) ([\w=,]+)", text))
 
@@ -92,6 +92,7 @@ def planned(gpus: str, words: tuple, text: str) -> dict[str, str]:
         ("llama-3.1-70b", "2xT4", ("--batch", "64", "--dtype", "float32"), 1),
         ("llama-3.1-70b", "2xT4", ("--context", "4096", "--dtype", "bfloat16"), 1),
         ("openllama-7b", "8xT4", ("--dtype", "bfloat16"), 1),
+        ("gemma-2-9b", "T4", ("--dtype", "bfloat16", "--batch", "1", "--context", "300"), 2),
         ("openllama-7b", "A100-40", ("--dtype", "float32", "--batch", "16"), 5),
         ("llama-3.1-8b", "1xA100-40", ("--batch", "4000"), 1),
         ("llama-3.1-8b", "1xA100-40", ("--batch", "1", "--new-tokens", "100000", "--dtype", "float32"), 3),
