@@ -85,9 +85,7 @@ def planned(gpus: str, words: tuple, text: str) -> dict[str, str]:
     [
         ("llama-2-70b", "6xA100-80", ("--mesh", "tensor=6"), 2),
         ("openllama-7b", "T4", (), 3),
-        ("alia-40b", "A100-80", (), 2),
         ("llama-3.1-70b", "1xT4", (), 1),
-        ("llama-3.1-70b", "2xT4", ("--batch", "64", "--dtype", "float32"), 1),
         ("llama-3.1-70b", "2xT4", ("--context", "4096", "--dtype", "bfloat16"), 1),
         ("openllama-7b", "8xT4", ("--dtype", "bfloat16"), 1),
         ("gemma-2-9b", "T4", ("--dtype", "bfloat16", "--batch", "1", "--context", "300"), 2),
