@@ -211,6 +211,8 @@ def prepare(
 def take_back(path: Path) -> None:
     """Removes what `prepare` made, if nothing has been written since: a run that was refused leaves no file that looks
     like results."""
+    if path.is_symlink() or not path.is_file():  # /dev/null, say
+        return
     try:
         with open(path, "ab") as file:
             _lock(file, path)
