@@ -80,7 +80,12 @@ def supervise(launch: Launch, limits: Limits, program: str, facts: dict[str, str
             os._exit(1)
         run_worker(lambda: work(pulse, coordinator), pulse.fail, f"rank {launch.process_id} {socket.gethostname()}")
     os.close(start)
-    end(asyncio.run(Monitor(launch, limits, program, facts, pulse, pid, begin).run(listening)))
+
+    async def watch() -> None:
+        # inside the loop: while that closes, a signal finds no handler, the one of the worker's end for instance
+        end(await Monitor(launch, limits, program, facts, pulse, pid, begin).run(listening))
+
+    asyncio.run(watch())
 
 
 class Monitor:
