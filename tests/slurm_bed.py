@@ -18,6 +18,8 @@ import attrs
 import psutil
 import pytest
 
+from processes import own_environment
+
 TESTS = Path(__file__).parent
 TESTBED = TESTS.parent / "slurm" / "testbed"
 GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")  # a job's last states
@@ -202,9 +204,7 @@ def testbed(name: str, *options: str) -> Iterator[Bed]:
     if shutil.which("srun") is None or shutil.which("slurmctld") is None:
         refuse("Slurm is not installed (slurm/testbed/install.sh)")
     command = [TESTBED / "start.sh", "--name", name, "--owner", str(os.getpid()), *options]
-    clean = {
-        key: value for key, value in os.environ.items() if key != "XLA_FLAGS" and not key.startswith(("SLURM", "SRUN"))
-    }
+    clean = {key: value for key, value in own_environment().items() if not key.startswith(("SLURM", "SRUN"))}
     try:
         done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
         if done.returncode:

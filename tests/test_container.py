@@ -81,7 +81,7 @@ def make_base(folder: Path, settings: dict) -> None:
     kept = ROOT / "build" / f"container-base-{name}.sif"
     base = settings["BUNDLE"] / "base.sif"
     if kept.exists():
-        shutil.copyfile(kept, base)
+        copy(kept, base)
         return
     rootfs = folder / "rootfs"
     options = ("--variant=apt", "--mode=root", "--skip=check/qemu", "--dpkgopt=force-unsafe-io")
@@ -94,8 +94,13 @@ def make_base(folder: Path, settings: dict) -> None:
     run(*as_nobody(folder / SCRIPT, "base"), env=env, cwd=folder)
     shutil.rmtree(rootfs)
     kept.parent.mkdir(exist_ok=True)
-    shutil.copyfile(base, f"{kept}.{os.getpid()}")
-    os.replace(f"{kept}.{os.getpid()}", kept)
+    copy(base, kept)
+
+
+def copy(image: Path, to: Path) -> None:
+    """Whole or not there: others look for `to` meanwhile."""
+    shutil.copyfile(image, f"{to}.{os.getpid()}")
+    os.replace(f"{to}.{os.getpid()}", to)
 
 
 @pytest.fixture(scope="module")

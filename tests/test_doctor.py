@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
 
 
 def start(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
-    env = own_environment("NPROC")
+    env = own_environment("NPROC", "XLA_FLAGS")
     command = [sys.executable, "-m", "jaxinfer.doctor", *map(str, arguments)]
     settings = {**env, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(command, cwd=cwd, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -18,8 +18,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 TESTS = Path(__file__).parent
 STUCK, COMPILE, DEAD = 5, 12, 5
-BOUNDS = ("--stuck-s", STUCK, "--load-stuck-s", STUCK, "--compile-stuck-s", COMPILE, "--dead-s", DEAD, "--start-s", 30)
-SLACK = 8  # to notice, to print stacks, to end every process, on two busy cores
+START = 90  # importing takes long where other tests keep all cores busy
+BOUNDS = ("--stuck-s", STUCK, "--load-stuck-s", STUCK, "--compile-stuck-s", COMPILE, "--dead-s", DEAD)
+SLACK = 15  # to notice, to print stacks, to end every process, on two busy cores
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,14 @@ def checkpoint(tmp_path_factory):
 def options(checkpoint, tmp_path, *more):
     return ["--model", checkpoint, "--prompts", checkpoint.parent / "in.jsonl", "--output", tmp_path / "out.jsonl",
             "--mesh", "stage=2", "--max-new-tokens", 60, "--max-batch", 4, "--prefill-chunk", 16, "--decode-steps", 4,
-            "--ignore-eos", *BOUNDS, *more]  # fmt: skip
+            "--ignore-eos", *BOUNDS, "--start-s", START, *more]  # fmt: skip
 
 
 def run_two(bed, tmp_path, command, before=""):
     """Two ranks on two nodes, `before` in bash first; the status and each rank's standard error."""
     if before:
         command = ["bash", "-c", f'{before}\nexec "$@"', "bash", *command]
-    done = bed.srun(command, nodes=2, options=["--error", tmp_path / "%t.err"], timeout=90)
+    done = bed.srun(command, nodes=2, options=["--error", tmp_path / "%t.err"], timeout=2 * START)
     return done.returncode, [(tmp_path / f"{each}.err").read_text() for each in (0, 1)]
 
 
@@ -80,12 +81,13 @@ TABLE = [
 def test_fault_ends_the_job_and_names_the_rank(slurm_bed, checkpoint, tmp_path, rank, phase, fault, text, bound):
     status, logs = run_two(slurm_bed, tmp_path, faulty(rank, phase, fault, *options(checkpoint, tmp_path)))
     ended = time.time()
-    began = float(re.search(r"fault at ([\d.]+)", logs[rank])[1])
+    began = re.search(r"fault at ([\d.]+)", logs[rank])
+    assert began, logs
     assert status not in (0, 2)
     last = logs[0].splitlines()[-1]
     assert re.search(rf"^jaxinfer.generate: rank {rank}/2 on node\d.* {text.format(phase=phase)}", last), logs
     assert phase == "start" or "(CPU 0: cpu)" in last
-    assert ended - began < bound + SLACK
+    assert ended - float(began[1]) < bound + SLACK
     if fault in ("stop", "hang"):
         assert "the stacks of its process" in logs[rank] and "faulty_generate.py" in logs[rank], logs[rank]
     assert not slurm_bed.stray()
@@ -134,13 +136,13 @@ def test_damaged_shard(slurm_bed, checkpoint, tmp_path, damage, text):
 
 
 def test_port_in_use(slurm_bed, checkpoint, tmp_path):
-    listener = "import socket, time; kept = socket.create_server(('', 61007)); time.sleep(40)"
+    listener = f"import socket, time; kept = socket.create_server(('', 61007)); time.sleep({START})"
     before = f'if [ $SLURM_PROCID = 0 ]; then {sys.executable} -c "{listener}" & fi; sleep 1'
     command = generate(*options(checkpoint, tmp_path, "--port", 61007))
     text = "rank 0/2 on node1: port 61007 cannot be used: Address already in use; choose another"
     began = time.time()
     refused(slurm_bed, tmp_path, command, text, before)
-    assert time.time() - began < 25  # rank 1 does not look for rank 0 until the bound for the start, 30 s
+    assert time.time() - began < START - 5  # rank 1 does not look for rank 0 until the bound for the start
 
 
 def test_rank_that_never_starts(slurm_bed, checkpoint, tmp_path):

@@ -106,19 +106,20 @@ def test_sigterm_to_the_step_puts_the_rest_back(folder, slurm_bed, undisturbed, 
 
 
 def test_signal_ahead_of_the_time_limit(folder, slurm_bed, tmp_path):
-    """Slurm itself sends it, after 10 to 40 of the job's 60 s, and the job script puts the job back into the queue."""
+    """Slurm itself sends it, after 30 to 60 of the job's 120 s, and the job script puts the job back into the queue."""
     run, log = tmp_path / "run", tmp_path / "job.log"
     (tmp_path / "in.jsonl").write_text('{"prompt_token_ids": [5, 6]}\n' * 3000)
     env = {"MODEL": folder / "ckpt", "PROMPTS": tmp_path / "in.jsonl", "RUN": run, "PYTHON": sys.executable}
-    options = [f"--output={log}", *CPU, "--time=1", "--signal=B:USR1@20", "slurm/generate-multi.sh"]
+    options = [f"--output={log}", *CPU, "--time=2", "--signal=B:USR1@60", "slurm/generate-multi.sh"]
     arguments = [*OPTIONS, "--max-new-tokens", "100", "--grace-s", "2"]
     submitted = slurm_bed.run(
         ["sbatch", "--parsable", *options, *arguments], env={name: str(env[name]) for name in env}, cwd=ROOT
     )
     assert submitted.returncode == 0, submitted.stderr
     job = int(submitted.stdout)
-    until(lambda: slurm_bed.job(job)["Restarts"] == "1", 90, lambda: log.read_text())
-    assert " USR1: stopping" in log.read_text() and "goes back into the queue" in log.read_text()
+    until(lambda: slurm_bed.job(job)["Restarts"] == "1", 150, lambda: log.read_text())
+    text = log.read_text()
+    assert " USR1: stopping" in text and "goes back into the queue" in text, text
     assert not slurm_bed.stray(job)
     output = run / "out.jsonl"
     before = output.read_bytes() if output.exists() else b""
