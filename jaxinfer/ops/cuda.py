@@ -94,8 +94,15 @@ def call(
 def _library() -> ctypes.CDLL | None:
     found = importlib.util.find_spec("nvidia")
     places = [Path(each) for each in (found.submodule_search_locations if found else None) or []]
-    names = [str(path) for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*"))]
-    for name in [*names, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]:
+    for path in [path for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*"))]:
+        try:
+            # some versions look for this one by its name alone, which finds what is loaded
+            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
         try:
             return ctypes.CDLL(name)
         except OSError:
