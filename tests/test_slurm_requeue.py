@@ -106,7 +106,7 @@ def test_sigterm_to_the_step_puts_the_rest_back(folder, slurm_bed, undisturbed, 
 
 
 def test_signal_ahead_of_the_time_limit(folder, slurm_bed, tmp_path):
-    """Slurm itself sends it, after 30 to 60 of the job's 120 s, and the job script puts the job back into the queue."""
+    """Slurm itself sends it, within the first 60 of the job's 120 s, and the job script puts the job back."""
     run, log = tmp_path / "run", tmp_path / "job.log"
     (tmp_path / "in.jsonl").write_text('{"prompt_token_ids": [5, 6]}\n' * 3000)
     env = {"MODEL": folder / "ckpt", "PROMPTS": tmp_path / "in.jsonl", "RUN": run, "PYTHON": sys.executable}

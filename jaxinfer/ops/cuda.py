@@ -94,7 +94,7 @@ def call(
 def _library() -> ctypes.CDLL | None:
     found = importlib.util.find_spec("nvidia")
     places = [Path(each) for each in (found.submodule_search_locations if found else None) or []]
-    for path in [path for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*"))]:
+    for path in (path for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.*"))):
         try:
             # some versions look for this one by its name alone, which finds what is loaded
             for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
