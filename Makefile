@@ -1,11 +1,12 @@
 # make demo   environment, conversion of the embedded model, stories from a 2 x 2 mesh of virtual CPU devices
-# make test   environment with what the tests need, and the tests (MARKS="not slow" leaves out the slow ones)
+# make test   environment with what the tests need, and the tests, but for the long ones
+# make check  the fast half of them, in under 3 minutes on two cores
+# make test-long   studies, soaks, load, commands of the docs
 # make bench  the benchmarks in their CPU size, on a model of toy shape; figures and a picture in build/bench
 # make lint   ruff
 # make clean  removes build/ (not the environment)
 
 PYTHON ?= python3
-MARKS ?= slow or not slow
 BIN := .venv/bin
 MODEL := build/tinystories
 TOY := --model tiny --cpu-devices 1
@@ -15,7 +16,7 @@ export NPROC ?= 32
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint clean
+.PHONY: demo test check test-long bench lint clean
 
 demo: .venv/installed $(MODEL)/manifest.json
 	@rm -f build/demo.*
@@ -28,7 +29,10 @@ $(MODEL)/manifest.json: $(wildcard examples/tinystories/model/*) convert/__init_
 	@rm -rf $(MODEL)
 	@$(BIN)/python -m convert --source examples/tinystories/model --output $(MODEL) --dtype float32
 
-test: .venv/installed-dev
+test: MARKS := not long
+check: MARKS := not long and not slow
+test-long: MARKS := long
+test check test-long: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(MARKS)"
 
 bench: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
