@@ -3,23 +3,14 @@
 import argparse
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from jaxinfer import __version__
 from jaxinfer.cluster import distributed
-from jaxinfer.cluster.cpu import ThreadPoolError, use_virtual_devices
-from jaxinfer.cluster.launch import Launch, find_launch, missed_srun
-from jaxinfer.cluster.monitor import supervise
-from jaxinfer.cluster.pulse import Alone, Pulse
-from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.worker import UserError
-from jaxinfer.compile_cache import use_compile_cache
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Request
 from jaxinfer.inputs import InputError, InputRecord, parse_record, read_file
@@ -30,12 +21,14 @@ from jaxinfer.options import (
     add_place_options,
     add_profile_options,
     add_sampling_options,
-    engine_options,
-    limits,
     sampling_params,
 )
 from jaxinfer.outputs import OutputError, Writer, prepare, take_back
-from jaxinfer.telemetry.progress import Progress
+from jaxinfer.process.agree import same_everywhere
+from jaxinfer.process.errors import memory, usage
+from jaxinfer.process.join import join, leave
+from jaxinfer.process.model import choose_mesh, find_manifest, load_model
+from jaxinfer.process.run import Run, find_process, refuse, start
 
 PROGRAM = "jaxinfer.generate"
 SHOWN_ERRORS = 20
@@ -82,41 +75,12 @@ exit status: 0 done (bad lines are counted in a warning) or stopped by a signal,
 """
 
 
-@attrs.frozen
-class Run:
-    """One process of a run: its options, its signs of life, and how it finds the others."""
-
-    args: argparse.Namespace
-    life: Pulse | Alone
-    launch: Launch | None = None
-    coordinator: str = ""
-
-    @property
-    def first(self) -> bool:
-        return self.launch is None or self.launch.process_id == 0
-
-    def say(self, text: str) -> None:
-        if self.first:
-            print(f"{PROGRAM}: {text}", file=sys.stderr)
-
-
 def main() -> None:
     args = parse_arguments()
-    try:
-        launch = find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)
-        if launch and launch.num_processes > 1 and args.prompts == "-":
-            raise ClusterError("--prompts - works with one process: standard input does not reach them all")
-    except ClusterError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if launch is None:
-        run = Run(args, Alone(args.grace_s))
-        if warning := missed_srun(os.environ):
-            run.say(f"WARNING: {warning}")
-        sys.exit(_alone(run))
-    facts = {"jaxinfer": __version__}
-    bounds = limits(args)
-    supervise(launch, bounds, PROGRAM, facts, lambda pulse, where: _worker(Run(args, pulse, launch, where)))
+    launch = find_process(PROGRAM, args)
+    if launch and launch.num_processes > 1 and args.prompts == "-":
+        refuse(PROGRAM, "--prompts - works with one process: standard input does not reach them all")
+    start(PROGRAM, args, launch, execute)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -185,15 +149,24 @@ def execute(run: Run) -> int:
     """Reads, runs, writes; the exit status.
 
     Raises:
-      UserError, OutputError: with the text for the user.
+      UserError: with the text for the user.
     """
+    try:
+        return _execute(run)
+    except OutputError as error:
+        raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*["the same command does the rest"] if run.args.output else []) from None
+
+
+def _execute(run: Run) -> int:
     args = run.args
-    with _usage():
+    with usage():
         defaults = sampling_params(args)
         records = _read(args, defaults)
         if args.strict:
             _stop_at_error(records)
-        _join(run)
+        join(run)
     finished = _begin(run, defaults, records)
     try:
         return _finish(run, records, finished)
@@ -208,7 +181,7 @@ def _finish(run: Run, records: list[InputRecord | InputError], finished: set[str
     args = run.args
     todo = [record for record in records if isinstance(record, InputError) or record.id not in finished]
     if any(isinstance(record, InputRecord) for record in todo):
-        with _memory():
+        with memory():
             _run(run, todo, len(finished))
     else:
         _write_errors(run, todo)
@@ -223,84 +196,8 @@ def _finish(run: Run, records: list[InputRecord | InputError], finished: set[str
         run.say(f"WARNING: {bad:,} of {len(records):,} lines are bad and did not run")
     if bad == len(records):
         raise UserError("no line could run")
-    run.life.beat("end")
-    run.life.beat("end", waits=True)
-    distributed.wait_for_all(f"{PROGRAM} ends")
-    distributed.leave()
+    leave(run)
     return 0
-
-
-def _worker(run: Run) -> int:
-    try:
-        return execute(run)
-    except OutputError as error:
-        raise UserError(str(error)) from error
-    except BrokenPipeError:
-        return 1
-
-
-def _alone(run: Run) -> int:
-    try:
-        return execute(run)
-    except (UserError, OutputError) as error:
-        if isinstance(error, UserError) and error.table:
-            print(error.table, file=sys.stderr)
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        again = "; the same command does the rest" if run.args.output else ""
-        print(f"{PROGRAM}: interrupted{again}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read the screen, head say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    """Errors in here are the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{name}{error.strerror or error}") from error
-    except (ValueError, ThreadPoolError, ClusterError) as error:
-        raise UserError(str(error), table=str(getattr(error, "plan", ""))) from error
-
-
-@contextmanager
-def _memory() -> Iterator[None]:
-    """A device that ran out of memory is the user's to mend too, by smaller numbers."""
-    from jaxinfer.engine.memory import OutOfMemory
-
-    try:
-        yield
-    except OutOfMemory as error:
-        raise UserError(str(error), table=str(error.plan)) from error
-
-
-def _join(run: Run) -> None:
-    """Starts JAX, with the other processes where there are any."""
-    from jaxinfer.engine.device import claim_memory
-
-    claim_memory()
-    if run.args.cpu_devices is not None:
-        use_virtual_devices(run.args.cpu_devices)
-    if run.launch is not None:
-        bounds = limits(run.args)
-        run.life.beat("start", waits=True)
-        distributed.initialize(run.launch, run.coordinator, int(sum(attrs.astuple(bounds))))
-        import jax
-
-        run.life.describe(_describe(jax.local_devices()))
-
-
-def _describe(devices: list[Any]) -> str:
-    """GPUs by their numbers on the node, where CUDA_VISIBLE_DEVICES gives them others in this process."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    here = [device.local_hardware_id for device in devices]
-    numbers = [visible[each] if visible[0] and each < len(visible) else str(each) for each in here]
-    return f"{'CPU' if devices[0].platform == 'cpu' else 'GPU'} {','.join(numbers)}: {devices[0].device_kind}"
 
 
 def _read(args: argparse.Namespace, defaults: SamplingParams) -> list[InputRecord | InputError]:
@@ -323,25 +220,18 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     """Looks at the checkpoint, chooses the mesh, makes the output ready; the ids of requests that are finished."""
     import xxhash
 
-    from jaxinfer.engine.layout import auto_mesh
-    from jaxinfer.parallel.axes import mesh_text, parse_mesh
     from jaxinfer.telemetry.manifest import describe_run
 
     args = run.args
     run.life.beat("start", 1)
-    with _usage():
-        manifest, content = _manifest(args)
+    with usage():
+        manifest, content = find_manifest(args)
         checkpoint = xxhash.xxh3_128(content)
         run.life.beat("start", 2, waits=True)
         hosts = distributed.hosts()
-        _same_everywhere(hosts, "checkpoint", checkpoint.digest())
-        _same_everywhere(hosts, "prompts or options", _digest(args, records))
-        if args.mesh == "auto":
-            sizes, why = auto_mesh(manifest.model, hosts)
-            args.mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-            if max(sizes.values()) > 1:
-                run.say(f"mesh: {mesh_text(sizes)} ({why})")
-        mesh = parse_mesh(args.mesh)
+        same_everywhere(hosts, "checkpoint", checkpoint.digest())
+        same_everywhere(hosts, "prompts or options", _digest(args, records))
+        mesh = choose_mesh(run, manifest.model, hosts)
     if args.output is None:
         return set()
     settings = {"model": checkpoint.hexdigest(), "dtype": args.dtype or manifest.dtype, "max_context": args.max_context}
@@ -366,26 +256,8 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     return set(answer["finished"])
 
 
-def _manifest(args: argparse.Namespace) -> tuple[Any, bytes]:
-    """The manifest of --model, or else of --preset, and the bytes by which one is known from another.
-
-    Raises:
-      ValueError: no such preset, or the checkpoint is not what it expects; CheckpointError: no checkpoint.
-    """
-    from jaxinfer.checkpoint.manifest import NAME, encode, read_manifest
-    from jaxinfer.presets import load_preset
-
-    preset = None if args.preset is None else load_preset(args.preset)
-    if args.model is None:
-        return preset.manifest, encode(preset.manifest)
-    manifest = read_manifest(args.model)
-    if preset is not None:
-        preset.check_manifest(args.model, manifest)
-    return manifest, Path(args.model, NAME).read_bytes()
-
-
 def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -> bytes:
-    """Of all that must be the same in every process, or they would run different programs and wait for each other."""
+    """Of all by which the processes must agree."""
     import xxhash
 
     from jaxinfer.outputs import prompt_hash
@@ -394,67 +266,6 @@ def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -
     parts = [repr(sorted((key, value) for key, value in vars(args).items() if key not in own))]
     parts += [f"{each.id}\0{prompt_hash(each) if isinstance(each, InputRecord) else ''}" for each in records]
     return xxhash.xxh3_128_digest("\n".join(parts).encode())
-
-
-def _same_everywhere(hosts: list[str], what: str, digest: bytes) -> None:
-    others = distributed.differing(digest)
-    if others:
-        place = others[0]
-        more = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
-        raise UserError(
-            f"rank {place} on {hosts[place]}{more} has another {what} than rank 0 on {hosts[0]}; legal: all the same"
-        )
-
-
-def _load(run: Run, meanwhile: Callable[[Any], None]) -> Any:
-    """The model with its weights; while they load, `meanwhile` is called with it."""
-    import jax
-
-    from jaxinfer.llm import LLM
-
-    args = run.args
-    run.life.beat("start", 5, waits=True)
-    if warning := use_compile_cache(args.compile_cache):
-        run.say(f"WARNING: {warning}")
-    run.life.beat("load")
-    hosts = distributed.hosts()
-    place = jax.process_index()
-    shown = hosts.index(hosts[place]) == place  # one line per node: what its first process does stands for all
-    name = f"load on {hosts[place]}" if len(hosts) > 1 else "load"
-    bar = Progress(name, "B", shown=shown, scale=True)
-    pieces = 0
-
-    def loading(done: int, total: int) -> None:
-        nonlocal pieces
-        pieces += 1
-        run.life.beat("load", pieces)
-        bar.to(done, total)
-
-    try:
-        with _usage():
-            llm = LLM(
-                args.model or _manifest(args)[0],
-                compile_cache="none",  # it is there already
-                loading=loading,
-                beat=run.life.beat,
-                wait=False,
-                **engine_options(args),
-            )
-        with llm.engine.loading_stops_at_error():
-            meanwhile(llm)
-        with _usage():
-            llm.engine.wait_loaded()
-    except UserError as error:
-        virtual = jax.default_backend() == "cpu" and args.cpu_devices is None and "devices, found" in str(error)
-        raise UserError(f"{error}{'; --cpu-devices N makes N virtual ones' if virtual else ''}", error.table) from error
-    finally:
-        bar.close()
-    if shown and len(hosts) > 1:
-        stats = llm.engine.stats
-        rate = stats.load_bytes / stats.load_seconds
-        size = f"{stats.load_bytes / 1e9:.3f} GB in {stats.load_seconds:.2f} s ({rate / 1e9:.1f} GB/s)"
-        print(f"{PROGRAM}: {name}: rank {place} has its {size}", file=sys.stderr)
-    return llm
 
 
 def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
@@ -478,7 +289,7 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
             _stop_at_error(todo)
         llm.engine.prepare()
 
-    llm = _load(run, add)
+    llm = load_model(run, add)
     _write_errors(run, todo)
     if not requests:
         return
@@ -487,9 +298,8 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
     shows = run.first and (args.print or output is None)
     profile = None
     if args.profile is not None:
-        rank = 0 if run.launch is None else run.launch.process_id
-        with _usage():
-            profile = Profile(Path(args.profile), *args.profile_steps, rank)
+        with usage():
+            profile = Profile(Path(args.profile), *args.profile_steps, run.rank)
     summary = run_batch(llm, requests, run.life, output, run.first, shows, counts, profile)
     if run.first:
         show(summary, counts)

@@ -13,6 +13,7 @@ import time
 from jaxinfer import generate
 from jaxinfer.cluster import monitor
 from jaxinfer.cluster.pulse import Pulse
+from jaxinfer.process import run
 
 
 def exhaust_memory() -> None:
@@ -63,7 +64,7 @@ def main() -> None:
 
     mine = False
     Pulse.beat = faulty_beat
-    generate.supervise = faulty_supervise
+    run.supervise = faulty_supervise
     generate.main()
 
 
