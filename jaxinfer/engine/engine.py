@@ -30,7 +30,8 @@ from jaxinfer.engine.programs import Program
 from jaxinfer.engine.request import Request, Stats, Update
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
-from jaxinfer.engine.scheduler import Scheduler, SchedulerConfig
+from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.scheduler_config import SchedulerConfig
 from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence, State
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.ops.cuda import gpu

@@ -1,52 +1,17 @@
-"""Decides what the device does next: which rows are prefilled, which are decoded, who waits, who gives way.
+"""Decides what the device does next: which rows are prefilled, which are decoded. Who waits and who gives way is
+`admission.py`'s question.
 
 Nothing here looks at a clock or at a token's value: each decision follows from the requests and from how many tokens
 the dispatches so far have fed, so every process decides alike and dispatches ahead of the results.
 """
 
-import bisect
-import heapq
 from collections import deque
 from dataclasses import dataclass
 
-from jaxinfer.engine.pages import PageAllocator
+from jaxinfer.engine.admission import Admission
+from jaxinfer.engine.scheduler_config import SchedulerConfig
 from jaxinfer.engine.sequence import Ahead, DecodeBlock, PrefillRow, PrefillTick, Sequence, State
 from jaxinfer.engine.shapes import cost, row_buckets, taken
-from jaxinfer.engine.shard import Shard, arrival, discard
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    shards: int  # D, data shards, each with its own slots and pages
-    stages: int  # S, pipeline stages = decode microbatches
-    rows: int  # slots per microbatch and shard
-    pages: int  # per shard, the null page included
-    page_size: int  # tokens
-    decode_steps: int  # K
-    prefill_shapes: tuple[tuple[int, int], ...]  # (R, C)
-    prefill_ticks: int  # entering ticks of the largest R * C between two decode blocks while sequences decode
-    patience: int = 128  # decode blocks wider than need be that cost about as much as compiling a narrower program
-
-    def __post_init__(self):
-        for name in ("shards", "stages", "rows", "page_size", "decode_steps", "prefill_ticks", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, legal is at least 1")
-        if self.pages < 2:
-            raise ValueError(f"pages: found {self.pages}, legal is at least 2 (page 0 is the null page)")
-        if not self.prefill_shapes or min(min(shape) for shape in self.prefill_shapes) < 1:
-            raise ValueError(f"prefill_shapes: found {self.prefill_shapes}, legal is (R, C), ... all at least 1")
-
-    @property
-    def slots(self) -> int:
-        return self.stages * self.rows
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Token slots of a shard that may enter between two decode blocks while sequences decode."""
-        return self.prefill_ticks * max(rows * chunk for rows, chunk in self.prefill_shapes)
-
-    def pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
 
 
 @dataclass
@@ -69,29 +34,15 @@ class Scheduler:
 
     The engine calls, in a loop: `schedule`, dispatch what it returns, `complete` for the dispatch before, `finish` for
     each sequence that met a stop or has all its tokens. Every dispatch is completed, in the order of dispatch.
-
-    Order: first come, first admitted; the head of the queue blocks the rest. When a shard's pages run out, its latest
-    arrival gives way, and waits at the front of the queue again. So the earliest arrival of a shard always advances.
     """
 
     def __init__(self, config: SchedulerConfig):
         self.config = config
-        self.preemptions = 0  # of sequences that had begun to prefill
         self.decode_bubble = Bubble()
         self.prefill_bubble = Bubble()
         self.steady_bubble = Bubble()  # decode blocks that enter and leave with every microbatch of every shard running
-        self._shards = [
-            Shard(
-                PageAllocator(config.pages),
-                [list(range(config.rows)) for _ in range(config.stages)],
-                [0] * config.slots,
-            )
-            for _ in range(config.shards)
-        ]
-        self._queue: list[tuple[int, Sequence]] = []  # heap by arrival; the head is dropped when FINISHED
-        self._waiting = 0
-        self._arrivals = 0
-        self._admissions = 0
+        self._admission = Admission(config)
+        self._shards = self._admission.shards
         self._unfinished = 0
         self._dispatched: deque[PrefillTick | DecodeBlock] = deque()
         self._shape: tuple[int, int] | None = None  # of the rows in the prefill pipeline
@@ -110,22 +61,9 @@ class Scheduler:
         Raises:
           ValueError: an empty prompt, a negative max_new_tokens, or more tokens than all pages of a shard can hold.
         """
-        config, new = self.config, seq.params.max_new_tokens
-        if not seq.prompt:
-            raise ValueError(f"request {seq.request_id}: the prompt has 0 tokens, legal is at least 1")
-        if new < 0:
-            raise ValueError(f"request {seq.request_id}: max_new_tokens: found {new}, legal is at least 0")
-        needed = config.pages_for(seq.cache_tokens)
-        if needed > config.pages - 1:
-            raise ValueError(
-                f"request {seq.request_id}: {len(seq.prompt)} prompt tokens and {new} new tokens need {needed} pages "
-                f"of {config.page_size} tokens, a shard has {config.pages - 1}"
-            )
+        self._admission.add(seq)
         self._fresh |= not self._unfinished
-        seq.arrival = self._arrivals
-        self._arrivals += 1
         self._unfinished += 1
-        self._enqueue(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Ends a sequence, whatever its state, and frees its slot and pages at once. Does nothing the second time.
@@ -134,11 +72,7 @@ class Scheduler:
         """
         if seq.state is State.FINISHED:
             return
-        if seq.state is State.WAITING:
-            self._waiting -= 1
-        elif seq.state is not State.DRAINED:
-            self._release(seq)
-        seq.state = State.FINISHED
+        self._admission.remove(seq)
         self._unfinished -= 1
 
     def abort(self, seq: Sequence) -> None:
@@ -147,7 +81,7 @@ class Scheduler:
 
     def schedule(self) -> PrefillTick | DecodeBlock | None:
         """The next dispatch; it counts as dispatched. None: there is none before results are completed."""
-        self._release_drained()
+        self._admission.release_drained()
         decoding = any(seq.state is State.RUNNING for shard in self._shards for seq in shard.residents)
         may_enter = not decoding or self._entered < self.config.prefill_tokens
         dispatch = self._prefill_tick(may_enter)
@@ -208,8 +142,7 @@ class Scheduler:
     def ahead(self) -> Ahead:
         """What the waiting sequences that get slots at once will need, if nothing else runs and pages suffice."""
         config, prefills = self.config, []
-        waiting = [seq for _, seq in sorted(self._queue) if seq.state is State.WAITING]
-        waiting = waiting[: config.slots * config.shards]
+        waiting = self._admission.queue()[: config.slots * config.shards]
         left = [[seq, len(seq.tokens)] for seq in waiting[:: config.shards]]  # of the first shard, as of the others
         while left:
             shape = self._best_shape([[tokens for _, tokens in left]])
@@ -240,7 +173,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return self._admission.waiting
+
+    @property
+    def preemptions(self) -> int:
+        """Of sequences that had begun to prefill."""
+        return self._admission.preemptions
 
     @property
     def free_pages(self) -> list[int]:
@@ -252,79 +190,6 @@ class Scheduler:
         """Overall: decode and prefill. A tick of the one takes another time than a tick of the other."""
         return self.decode_bubble + self.prefill_bubble
 
-    # Admission and release
-
-    def _enqueue(self, seq: Sequence) -> None:
-        seq.state = State.WAITING
-        heapq.heappush(self._queue, (seq.arrival, seq))
-        self._waiting += 1
-
-    def _admit(self) -> None:
-        """Gives slots and pages to the head of the queue as long as a shard has room for it.
-
-        Room is pages for all its tokens, and for the growth of one block of each resident, itself included: with less,
-        the next decode block would preempt it again.
-        """
-        config = self.config
-        while self._queue:
-            seq = self._queue[0][1]
-            if seq.state is not State.WAITING:
-                heapq.heappop(self._queue)
-                continue
-            if seq.outstanding:  # preempted: its output is not fully known yet
-                return
-            target = len(seq.prompt) + len(seq.output)
-            pages = config.pages_for(target)
-            needed = pages + self._growth(seq, pages)
-            best = None
-            for index, shard in enumerate(self._shards):
-                slots, free = shard.free_slots, shard.pages.free_pages
-                if slots and free >= needed + shard.reserve and (best is None or (free, slots) > best[:2]):
-                    best = free, slots, index
-            if best is None:
-                return
-            seq.shard = best[2]
-            shard = self._shards[seq.shard]
-            heapq.heappop(self._queue)
-            self._waiting -= 1
-            self._admissions += 1
-            seq.state = State.PREFILL
-            seq.epoch = self._admissions
-            seq.slot = shard.take_slot()
-            seq.pages = shard.pages.allocate(pages)
-            seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False
-            shard.reserve += needed - pages
-            bisect.insort(shard.residents, seq, key=arrival)
-            bisect.insort(shard.filling, seq, key=arrival)
-
-    def _release(self, seq: Sequence) -> None:
-        """Frees slot and pages. Its rows in the pipelines are stale from here on, known by their epoch."""
-        shard = self._shards[seq.shard]
-        shard.reserve -= self._growth(seq, len(seq.pages))
-        shard.pages.free(seq.pages)
-        shard.return_slot(seq.slot)
-        discard(shard.residents, seq)
-        discard(shard.filling, seq)
-        seq.epoch, seq.shard, seq.slot, seq.pages, seq.in_flight = 0, -1, -1, (), False
-
-    def _growth(self, seq: Sequence, pages: int) -> int:
-        """Pages, on top of these, that one decode block may ask for."""
-        config = self.config
-        return min(config.pages_for(config.decode_steps), config.pages_for(seq.cache_tokens) - pages)
-
-    def _preempt(self, seq: Sequence) -> None:
-        self.preemptions += seq.prefilled > 0
-        self._release(seq)
-        self._enqueue(seq)
-
-    def _release_drained(self) -> None:
-        """Releases the sequences whose last pass has left the pipeline in what is dispatched already."""
-        for shard in self._shards:
-            for seq in [s for s in shard.residents if s.state is State.RUNNING and s.fed >= s.limit]:
-                if not seq.in_flight:
-                    self._release(seq)
-                    seq.state = State.DRAINED
-
     # Prefill
 
     def _prefill_tick(self, may_enter: bool) -> PrefillTick | None:
@@ -333,7 +198,7 @@ class Scheduler:
         occupied = [any(row for rows in stage for row in rows) for stage in self._pipeline]
         ticks_to_empty = len(occupied) - occupied.index(True) if any(occupied) else 0
         if may_enter:
-            self._admit()
+            self._admission.admit()
         if any(shard.filling for shard in self._shards):
             if not may_enter:
                 return None
@@ -418,7 +283,7 @@ class Scheduler:
         keep: list[list[bool]] = []
         busy, full, any_owner = 0, True, False
         for shard in self._shards:
-            self._grow(shard)
+            self._admission.grow(shard)
             shard_owners: list[Sequence | None] = [None] * config.slots
             for seq in shard.residents:
                 if seq.state is State.RUNNING:
@@ -490,19 +355,3 @@ class Scheduler:
         self._buckets.add(rows)
         self._fresh = False
         return rows
-
-    def _grow(self, shard: Shard) -> None:
-        """Gives each decoding row, in order of arrival, the pages of its next K tokens; the latest arrivals pay."""
-        config, at = self.config, 0
-        while at < len(shard.residents):
-            seq = shard.residents[at]
-            at += 1
-            if seq.state is not State.RUNNING:
-                continue
-            more = config.pages_for(min(seq.limit, seq.fed + config.decode_steps)) - len(seq.pages)
-            while more > shard.pages.free_pages and seq.slot >= 0:
-                self._preempt(shard.residents[-1])
-            if more > 0 and seq.slot >= 0:
-                shard.reserve -= self._growth(seq, len(seq.pages))
-                seq.pages += shard.pages.allocate(more)
-                shard.reserve += self._growth(seq, len(seq.pages))
