@@ -83,7 +83,7 @@ def test_process_id_out_of_range():
 def test_alone_without_options_or_a_step():
     assert find_launch({}) is None
     assert find_launch({"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
-    assert "4 tasks" in missed_srun({"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
+    assert "4 tasks" in missed_srun({"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, None)
 
 
 def test_a_port_in_use_is_refused():

@@ -9,6 +9,7 @@ import pytest
 
 from convert.run import convert
 from doctoring import gpu, levels
+from jaxinfer.cluster.visible import visible_devices
 from jaxinfer.doctor.cuda import platform_findings, plugin_findings
 from jaxinfer.doctor.files import check_checkpoint, check_folder, file_system
 from jaxinfer.doctor.finding import Report, bounded, ok
@@ -33,10 +34,11 @@ def test_cuda_visible_devices():
     gpus = [gpu(0), gpu(1), gpu(2)]
 
     def shown(visible: str | None) -> list[int]:
-        return [each["index"] for each in _select(gpus, visible)]
+        names = visible_devices({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+        return [each["index"] for each in _select(gpus, names)]
 
     assert shown(None) == [0, 1, 2] and shown("2,0") == [2, 0] and shown("GPU-1") == [1] and shown("") == []
-    assert shown("1,7,0") == [1]  # as CUDA does
+    assert shown("1,7,0") == shown("1,-1,0") == [1] and shown("GPU-1,GPU-1") == []  # as CUDA does
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a task reads from its environment: environments that Slurm 22.05 gave to tasks, in data/slurm_envs."""
 
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxinfer.cluster.launch import find_launch, missed_srun
 from jaxinfer.cluster.slurm import ClusterError, Step, expand_counts, expand_hosts, read_step
+from jaxinfer.cluster.visible import visible_devices
 
 CAPTURES = {
     file.stem: json.loads(file.read_text())["processes"]
     for file in sorted((Path(__file__).parent / "data" / "slurm_envs").glob("*.json"))
 }
-NO_STEP = {"batch-script", "salloc-shell"}
+NO_STEP = {"batch-script", "salloc-shell", "batch-from-a-step"}
 NO_SHARES = {"tasks-share-a-gpu", "unequal-gpus-per-node"}  # more tasks than GPUs on a node
 STEPS = sorted(CAPTURES.keys() - NO_STEP - NO_SHARES)
 
@@ -117,6 +120,36 @@ def test_gpus_of_the_machine_count_where_slurm_says_nothing():
     assert read_step({**env, "CUDA_VISIBLE_DEVICES": ""}, gpus_present=4).gpus is None
 
 
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ("0,1", ["0", "1"]),
+        (" 3, 1 ,07", ["3", "1", "7"]),
+        ("0,-1,1", ["0"]),
+        ("0,1,", ["0", "1"]),
+        ("0,,1", ["0"]),
+        ("1gpu2,2", ["1", "2"]),
+        ("GPU-8932f937,GPU-1b", ["GPU-8932f937", "GPU-1b"]),
+        ("GPU-8932f937,1", ["GPU-8932f937"]),
+        ("1,GPU-8932f937", ["1"]),
+        ("MIG-5a/1/0", ["MIG-5a/1/0"]),
+        ("0,0", []),
+        *((none, []) for none in ("", " ", "-1", "-1,0", "none", "void", "NoDevFiles", "all", "gpu0", "\u00b2", ",0")),
+    ],
+)
+def test_cuda_visible_devices_as_cuda_reads_it(listed, names):
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": listed}) == names
+    alone = {**CAPTURES["one-task"][0]["env"], "CUDA_VISIBLE_DEVICES": listed}
+    assert read_step(alone, gpus_present=4).gpus == (tuple(range(len(names))) or None)
+    two = {**CAPTURES["gpus-per-node"][1]["env"], "CUDA_VISIBLE_DEVICES": listed}
+    if len(names) < 2:  # fewer than Slurm gave to the node: they are this task's alone
+        assert read_step(two).gpus == (tuple(range(len(names))) or None)
+
+
+def test_no_cuda_visible_devices():
+    assert visible_devices({}) is None
+
+
 def test_host_names_of_several_widths():
     hosts = ("a01", "a02", "a03", "a7", "b2")
     assert [step.hosts for tasks in read("task-per-node").values() for _, step in tasks] == [hosts] * 5
@@ -136,12 +169,136 @@ def test_a_requeued_job_is_another_run():
 
 
 @pytest.mark.parametrize(
-    "change", [{"SLURM_NODEID": "2"}, {"SLURM_LOCALID": "2"}, {"SLURM_STEP_TASKS_PER_NODE": "2"}], ids=str
+    "change",
+    [
+        {"SLURM_NODEID": "2"},
+        {"SLURM_LOCALID": "2"},
+        {"SLURM_PROCID": "4"},
+        {"SLURM_STEP_TASKS_PER_NODE": "2"},
+        {"SLURM_STEP_TASKS_PER_NODE": "0(x2)"},
+    ],
+    ids=str,
 )
 def test_variables_that_contradict_are_refused(change):
     env = CAPTURES["gpus-per-node"][0]["env"]
     with pytest.raises(ClusterError, match=next(iter(change))):
         read_step({**env, **change})
+
+
+@pytest.mark.parametrize("value", [None, ""], ids=["unset", "empty"])
+@pytest.mark.parametrize(
+    "name", ["STEP_NODELIST", "STEP_TASKS_PER_NODE", "NODEID", "LOCALID", "PROCID", "JOB_ID"], ids=lambda name: name
+)
+def test_a_variable_that_is_missing_is_named(name, value):
+    env = {**CAPTURES["gpus-per-node"][1]["env"], f"SLURM_{name}": value}
+    rank = "?" if name == "PROCID" else "1"
+    if value is None:
+        del env[f"SLURM_{name}"]
+    elif name == "PROCID":
+        rank = ""
+    with pytest.raises(ClusterError) as raised:
+        read_step(env)
+    text = str(raised.value)
+    assert text.startswith(f"SLURM_{name} is not set for rank {rank} on a01; srun sets it"), text
+    assert "--coordinator HOST:PORT" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("STEP_NODELIST", "n[a-b]", "host list: found [a-b], legal are numbers and ranges such as [01-03,7]"),
+        ("STEP_NODELIST", "n[\u00b2]", "host list: found [\u00b2], legal are numbers"),
+        ("STEP_TASKS_PER_NODE", "two", "tasks per node: found 'two', legal is a list such as 2(x3),1"),
+        ("NODEID", "-1", "found '-1', legal is a whole number"),
+        ("LOCALID", "0x1", "found '0x1', legal is a whole number"),
+        ("PROCID", "one", "found 'one', legal is a whole number"),
+        ("JOB_ID", "17_2", "found '17_2', legal is a whole number"),
+        ("STEP_ID", "first", "found 'first', legal is a whole number"),
+        ("RESTART_COUNT", "\u00b2", "found '\u00b2', legal is a whole number"),
+        ("GPUS_ON_NODE", "gpu:2", "found 'gpu:2', legal is a whole number"),
+    ],
+)
+def test_a_variable_that_is_odd_is_named(name, value, problem):
+    env = {**CAPTURES["gpus-per-node"][1]["env"], f"SLURM_{name}": value}
+    env.pop("SLURMD_NODENAME")
+    with pytest.raises(ClusterError) as raised:
+        read_step(env)
+    rank = value if name == "PROCID" else "1"
+    text = str(raised.value)
+    assert text.startswith(f"SLURM_{name}={value} of rank {rank}: {problem}"), text
+    assert "; srun sets it" in text and "--coordinator HOST:PORT" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"SLURM_RESTART_COUNT": ""},
+        {"SLURM_STEP_ID": ""},
+        {"SLURM_GPUS_ON_NODE": ""},
+        {"SLURM_JOB_NUM_NODES": None, "SLURM_NNODES": None, "SLURM_NTASKS": None, "SLURM_JOB_NODELIST": None},
+        {"SLURMD_NODENAME": None, "SLURM_TASKS_PER_NODE": None, "SLURM_STEP_NUM_TASKS": None},
+    ],
+    ids=str,
+)
+def test_what_nothing_follows_from_may_be_missing(change):
+    given = CAPTURES["gpus-per-node"][1]["env"]
+    env = {name: value for name, value in {**given, **change}.items() if value is not None}
+    assert read_step(env) == read_step(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("batch", 4294967291),
+        ("extern", 4294967292),
+        ("interactive", 4294967290),
+        ("4294967294", 4294967294),
+        ("4294967290", 4294967290),
+        ("70000", 70000),
+    ],
+)
+def test_steps_that_slurm_names_itself(text, number):
+    step = read_step({**CAPTURES["gpus-per-node"][1]["env"], "SLURM_STEP_ID": text})
+    assert step.step == number and 1024 < step.port < 65536
+
+
+def test_a_step_of_another_job_left_in_a_batch_script_is_none():
+    # sbatch on a01, in a shell that srun had started there, of a job on a02 and b2
+    (process,) = CAPTURES["batch-from-a-step"]
+    assert process["env"]["SLURM_STEP_NODELIST"] == "a01" and process["host"] == "a02"
+    assert find_launch(process["env"]) is None
+    assert "this job has 4 tasks, but without srun" in missed_srun(process["env"], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("one-task", None),
+        ("batch-step", None),
+        ("het-one-step", None),
+        ("batch-script", "this job has 4 tasks, but without srun in front of the command one process runs alone"),
+        ("salloc-shell", "this job has 4 tasks, but without srun"),
+        ("salloc-interactive-step", "this job has 4 tasks, but without srun"),
+        ("salloc-step-in-interactive-step", None),
+        ("batch-step-one-of-two-tasks", "this step has one task, its job 2: the others idle"),
+        ("batch-step-one-exact", "this step has one task, its job 4: the others idle"),
+        ("batch-step-one-overlap", "this step has one task, its job 4: the others idle"),
+    ],
+)
+def test_a_process_alone_in_a_job_of_several_tasks_is_warned(name, warning):
+    env = CAPTURES[name][0]["env"]
+    said = missed_srun(env, find_launch(env))
+    assert (said is None) if warning is None else said.startswith(warning)
+    assert missed_srun(env, find_launch({}, "localhost:5000", 1, 0)) is None  # the options say what is meant
+
+
+@pytest.mark.slurm
+def test_only_slurm_knows_the_tasks_of_a_job_on_one_node(slurm_bed):
+    code = "import os; from jaxinfer.cluster.launch import *; print(missed_srun(os.environ, find_launch(os.environ)))"
+    program = ["srun", "-n1", sys.executable, "-c", code]
+    done = slurm_bed.run(["salloc", "--quiet", "-N1", "-n2", *program])
+    assert "this step has one task, its job 2: the others idle" in done.stdout, done.stderr
+    assert slurm_bed.run(["salloc", "--quiet", "-N1", "-n1", *program]).stdout == "None\n"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +309,7 @@ def test_variables_that_contradict_are_refused(change):
         ("a[7,01],b2", ["a7", "a01", "b2"]),
         ("n[099-101]", ["n099", "n100", "n101"]),
         ("rack[1-2]n[08-09]", ["rack1n08", "rack1n09", "rack2n08", "rack2n09"]),
+        ("n[1-02],n1", ["n1", "n2", "n1"]),
         ("gpu-[1-2]-ib.example.org,login", ["gpu-1-ib.example.org", "gpu-2-ib.example.org", "login"]),
     ],
 )
@@ -159,7 +317,7 @@ def test_host_list(text, hosts):
     assert expand_hosts(text) == hosts
 
 
-@pytest.mark.parametrize("text", ["", "a[1-2", "a1,,a2", "a[x-2]", "a[]", "a[1-]", "a]1[", "a[3-1]"])
+@pytest.mark.parametrize("text", ["", "a[1-2", "a1,,a2", "a[x-2]", "a[a-b]", "a[]", "a[1-]", "a]1[", "a[3-1]"])
 def test_no_host_list(text):
     with pytest.raises(ClusterError, match="host list: found"):
         expand_hosts(text)

@@ -2,12 +2,15 @@
 
 import re
 import socket
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
 
-from jaxinfer.cluster.slurm import ClusterError, in_step, read_step
+from jaxinfer.cluster.slurm import ClusterError, read_step
+
+SCONTROL_S = 5.0  # for a controller that is busy: the answer is a warning's
 
 
 @attrs.frozen
@@ -72,12 +75,36 @@ def find_launch(
     )
 
 
-def missed_srun(env: Mapping[str, str]) -> str | None:
-    """A warning for a command inside a job of several tasks that srun did not start: it uses one of them."""
-    tasks = env.get("SLURM_NTASKS", "1")
-    if in_step(env) or "SLURM_JOB_ID" not in env or tasks == "1":
+def missed_srun(env: Mapping[str, str], launch: Launch | None) -> str | None:
+    """A warning for a process that runs alone in a job of several tasks: without srun, or in a step of one task."""
+    if "SLURM_JOB_ID" not in env or (launch is not None and (launch.step is None or launch.num_processes > 1)):
         return None
-    return f"this job has {tasks} tasks, but without srun in front of the command one process runs alone"
+    tasks = env.get("SLURM_NTASKS", "1")
+    if launch is None or env.get("SLURM_STEP_NUM_TASKS", tasks) != tasks:  # the latter: the shell that salloc started
+        alone = f"this job has {tasks} tasks, but without srun in front of the command one process runs alone"
+        return alone if tasks != "1" else None
+    job = _job_tasks(env)
+    idle = f"this step has one task, its job {job}: the others idle, unless other steps use them (srun --ntasks={job})"
+    return idle if job > 1 else None
+
+
+def _job_tasks(env: Mapping[str, str]) -> int:
+    """Tasks of the job that a step of one task belongs to, as far as can be known. srun puts its own over the job's."""
+
+    def number(text: str | None) -> int:
+        return int(text) if text and re.fullmatch("[0-9]+", text) else 1
+
+    told = number(env.get("SLURM_JOB_NUM_NODES")) * number(env.get("SLURM_NTASKS_PER_NODE"))
+    # more processors than this task's may be other tasks, or come with whole cores and nodes: only Slurm knows
+    if told > 1 or number(env.get("SLURM_JOB_CPUS_PER_NODE")) <= number(env.get("SLURM_CPUS_PER_TASK")):
+        return told
+    command = ["scontrol", "--oneliner", "show", "job", env["SLURM_JOB_ID"]]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return told
+    found = re.search(r"\bNumTasks=([0-9]+)", answer)
+    return int(found[1]) if found else told
 
 
 def parse_address(text: str) -> tuple[str, int]:

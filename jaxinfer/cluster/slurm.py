@@ -1,13 +1,22 @@
 """What Slurm tells the tasks of an srun step, as pure functions of their environment."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
+from typing import Any
 
 import attrs
 
+from jaxinfer.cluster.visible import visible_devices
+
 FIRST_PORT, PORTS = 61440, 4096  # above the ports that Linux hands out by itself
 STEPS = 64  # steps of one job that have ports of their own
+# what Slurm itself counts these steps as
+NAMED_STEPS = {"interactive": 0xFFFFFFFA, "batch": 0xFFFFFFFB, "extern": 0xFFFFFFFC}
+ADVICE = (
+    "srun sets it for each task: start the command by srun itself, and let a container or wrapper pass Slurm's "
+    "variables on; or give --coordinator HOST:PORT --num-processes N --process-id I"
+)
 
 
 class ClusterError(RuntimeError):
@@ -79,11 +88,12 @@ def _expand_name(name: str) -> list[str]:
 def _expand_ranges(text: str) -> list[str]:
     numbers = []
     for part in text.split(","):
-        low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not (high.isdigit() and int(low) <= int(high))):
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
+        if not found or int(found[2] or found[1]) < int(found[1]):
             raise ClusterError(f"host list: found [{text}], legal are numbers and ranges such as [01-03,7]")
+        low, high = found[1], found[2] or found[1]
         # leading zeros are part of a name: 01-03 are three names of two digits
-        numbers += [str(each).zfill(len(low)) for each in range(int(low), int(high or low) + 1)]
+        numbers += [str(each).zfill(len(low)) for each in range(int(low), int(high) + 1)]
     return numbers
 
 
@@ -95,7 +105,7 @@ def expand_counts(text: str) -> list[int]:
     """
     counts = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        found = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
         if not found:
             raise ClusterError(f"tasks per node: found {text!r}, legal is a list such as 2(x3),1")
         counts += [int(found[1])] * int(found[2] or 1)
@@ -103,8 +113,21 @@ def expand_counts(text: str) -> list[int]:
 
 
 def in_step(env: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script has job variables, but no step."""
-    return "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env
+    """Whether srun started this process.
+
+    A batch script has job variables and a task number 0, but no step, unless one of another job was left to it: by
+    sbatch in a shell that srun had started.
+
+    Raises:
+      ClusterError: a step's node list that cannot be read.
+    """
+    named = {"SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"} & env.keys()
+    if env.get("SLURM_PROCID", "0") != "0":
+        return True
+    if not named:
+        return False
+    here, hosts = env.get("SLURMD_NODENAME"), env.get("SLURM_STEP_NODELIST")
+    return not (here and hosts) or here in _read(env, "SLURM_STEP_NODELIST", expand_hosts)
 
 
 def read_step(env: Mapping[str, str], gpus_present: int = 0) -> Step | None:
@@ -113,38 +136,62 @@ def read_step(env: Mapping[str, str], gpus_present: int = 0) -> Step | None:
     `gpus_present` is how many GPUs the machine shows where neither Slurm nor CUDA_VISIBLE_DEVICES says anything.
 
     Raises:
-      ClusterError: variables that contradict each other, GPUs that do not divide among the tasks.
+      ClusterError: variables that are missing, odd or contradict each other, GPUs that do not divide among the tasks.
     """
     if not in_step(env):
         return None
-    hosts = tuple(expand_hosts(env["SLURM_STEP_NODELIST"]))
-    tasks = tuple(expand_counts(env["SLURM_STEP_TASKS_PER_NODE"]))
-    node, local = int(env["SLURM_NODEID"]), int(env["SLURM_LOCALID"])
-    if len(hosts) != len(tasks) or not (node < len(hosts) and local < tasks[node]):
+    hosts = tuple(_read(env, "SLURM_STEP_NODELIST", expand_hosts))
+    tasks = tuple(_read(env, "SLURM_STEP_TASKS_PER_NODE", expand_counts))
+    node, local, task = (_read(env, f"SLURM_{name}", _whole) for name in ("NODEID", "LOCALID", "PROCID"))
+    if len(hosts) != len(tasks) or not (node < len(hosts) and local < tasks[node] and task < sum(tasks)):
         raise ClusterError(
             f"SLURM_STEP_NODELIST={env['SLURM_STEP_NODELIST']} and SLURM_STEP_TASKS_PER_NODE="
-            f"{env['SLURM_STEP_TASKS_PER_NODE']} do not fit SLURM_NODEID={node} and SLURM_LOCALID={local}"
+            f"{env['SLURM_STEP_TASKS_PER_NODE']} do not fit SLURM_NODEID={node}, SLURM_LOCALID={local} and "
+            f"SLURM_PROCID={task}: was a variable changed after srun had set it?"
         )
     return Step(
-        job=int(env["SLURM_JOB_ID"]),
-        step=int(env.get("SLURM_STEP_ID", 0)),
-        restart=int(env.get("SLURM_RESTART_COUNT", 0)),
+        job=_read(env, "SLURM_JOB_ID", _whole),
+        step=_read(env, "SLURM_STEP_ID", _step_number, default="0"),
+        restart=_read(env, "SLURM_RESTART_COUNT", _whole, default="0"),
         hosts=hosts,
         tasks=tasks,
         node=node,
         local=local,
-        task=int(env["SLURM_PROCID"]),
+        task=task,
         gpus=_own_gpus(env, gpus_present, tasks[node], local, hosts[node]),
     )
 
 
+def _read(env: Mapping[str, str], name: str, parse: Callable[[str], Any], default: str | None = None) -> Any:
+    """A variable's value; one that is empty counts as not set."""
+    text = env.get(name) or default
+    if text is None:
+        raise ClusterError(f"{name} is not set for {_who(env)}; {ADVICE}")
+    try:
+        return parse(text)
+    except ClusterError as error:
+        raise ClusterError(f"{name}={text} of {_who(env)}: {error}; {ADVICE}") from None
+
+
+def _who(env: Mapping[str, str]) -> str:
+    where = env.get("SLURMD_NODENAME")
+    return f"rank {env.get('SLURM_PROCID', '?')}" + (f" on {where}" if where else "")
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch("[0-9]+", text):
+        raise ClusterError(f"found {text!r}, legal is a whole number")
+    return int(text)
+
+
+def _step_number(text: str) -> int:
+    return NAMED_STEPS[text] if text in NAMED_STEPS else _whole(text)
+
+
 def _own_gpus(env: Mapping[str, str], present: int, tasks: int, local: int, host: str) -> tuple[int, ...] | None:
-    on_node = int(env.get("SLURM_GPUS_ON_NODE") or present)
-    listed = env.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        visible = present or on_node
-    else:
-        visible = len([each for each in listed.split(",") if each and each != "NoDevFiles"])
+    on_node = _read(env, "SLURM_GPUS_ON_NODE", _whole, default=str(present))
+    listed = visible_devices(env)
+    visible = len(listed) if listed is not None else present or on_node
     if not visible:
         return None
     # where CUDA_VISIBLE_DEVICES is not set, nothing is bound (--gpu-bind=none), whatever the job's options were

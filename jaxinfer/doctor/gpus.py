@@ -6,6 +6,7 @@ from typing import Any
 import psutil
 import pynvml
 
+from jaxinfer.cluster.visible import visible_devices
 from jaxinfer.doctor.finding import Finding, error, ok, warning
 
 GIB = 1 << 30
@@ -22,7 +23,7 @@ def visible_gpus(env: Mapping[str, str]) -> list[dict[str, Any]]:
     try:
         found = [_describe(index) for index in range(_ask(0, pynvml.nvmlDeviceGetCount))]
         found = [gpu for gpu in found if gpu]
-        shown = _select(found, env.get("CUDA_VISIBLE_DEVICES"))
+        shown = _select(found, visible_devices(env))
         for gpu in shown:
             gpu["peers"] = _peers(gpu, shown)
         return shown
@@ -71,19 +72,19 @@ def _describe(index: int) -> dict[str, Any] | None:
     }
 
 
-def _select(gpus: list[dict[str, Any]], visible: str | None) -> list[dict[str, Any]]:
-    """By CUDA_VISIBLE_DEVICES: numbers or (starts of) UUIDs; CUDA stops at the first that does not exist."""
-    if visible is None:
+def _select(gpus: list[dict[str, Any]], names: list[str] | None) -> list[dict[str, Any]]:
+    """Those of `names`, numbers or (starts of) UUIDs, or all; CUDA stops at the first that does not exist."""
+    if names is None:
         return gpus
     chosen: list[dict[str, Any]] = []
-    for each in visible.split(","):
+    for name in names:
         found = [
-            gpu
-            for gpu in gpus
-            if each.strip() == str(gpu["index"]) or (each[:4] == "GPU-" and gpu["uuid"].startswith(each.strip()))
+            gpu for gpu in gpus if name == str(gpu["index"]) or (name[:3] == "GPU" and gpu["uuid"].startswith(name))
         ]
         if len(found) != 1:
             break
+        if found[0] in chosen:
+            return []
         chosen.append(found[0])
     return chosen
 

@@ -96,18 +96,20 @@ def check_step(env: Mapping[str, str], launch: Launch | None) -> tuple[list[Find
     """How the processes were started."""
     if launch is None:
         findings = [ok("launch", "one process, no Slurm step")]
-        missed = missed_srun(env)
-        if missed:
-            findings.append(warning("launch", missed, "put srun in front of the command"))
-        return findings, {}
+        return [*findings, *_missed(env, launch)], {}
     if launch.step is None:
         return [ok("launch", f"{launch.num_processes} processes by --coordinator {launch.host}:{launch.port}")], {}
     nodes = len(set(launch.hosts))
     text = f"Slurm step {launch.step}: {launch.num_processes} tasks on {nodes} node{'s'[: nodes > 1]}, "
-    findings = [ok("launch", text + f"rank 0 at {launch.host}:{launch.port}")]
+    findings = [ok("launch", text + f"rank 0 at {launch.host}:{launch.port}"), *_missed(env, launch)]
     if launch.process_id == 0 and launch.num_processes > 1:
         findings += _kill_on_bad_exit(env)
     return findings, {"gpus_on_node": int(env.get("SLURM_GPUS_ON_NODE") or 0)}
+
+
+def _missed(env: Mapping[str, str], launch: Launch | None) -> list[Finding]:
+    missed = missed_srun(env, launch)
+    return [warning("launch", missed, "srun in front of the command, with all tasks of the job")] if missed else []
 
 
 def _kill_on_bad_exit(env: Mapping[str, str]) -> list[Finding]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxinfer
+from jaxinfer.cluster.visible import visible_devices
 from jaxinfer.doctor.finding import Finding, error, ok
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
@@ -28,11 +29,9 @@ def check_versions(env: Mapping[str, str]) -> tuple[list[Finding], dict[str, Any
         except importlib.metadata.PackageNotFoundError:
             missing += [name] if name in NEEDED else []
     flags = {name: value for name, value in env.items() if is_flag(name)}
-    listed = env.get("CUDA_VISIBLE_DEVICES")
+    listed = visible_devices(env)
     # the numbers may differ from rank to rank, how many there are should not
-    flags["GPUs in CUDA_VISIBLE_DEVICES"] = (
-        "not set" if listed is None else str(len(list(filter(None, listed.split(",")))))
-    )
+    flags["GPUs in CUDA_VISIBLE_DEVICES"] = "not set" if listed is None else str(len(listed))
     facts = {"versions": versions, "flags": flags}
     if missing:
         what = f"{', '.join(missing)} not installed beside {platform.python_version()} of {platform.node()}"

@@ -7,6 +7,7 @@ import attrs
 
 from jaxinfer.cluster import distributed
 from jaxinfer.cluster.cpu import use_virtual_devices
+from jaxinfer.cluster.visible import visible_devices
 from jaxinfer.options import limits
 from jaxinfer.process.run import Run
 
@@ -41,7 +42,8 @@ def leave(run: Run) -> None:
 
 def _describe(devices: list[Any]) -> str:
     """GPUs by their numbers on the node, where CUDA_VISIBLE_DEVICES gives them others in this process."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    kind = "CPU" if devices[0].platform == "cpu" else "GPU"
+    visible = (kind == "GPU" and visible_devices(os.environ)) or []
     here = [device.local_hardware_id for device in devices]
-    numbers = [visible[each] if visible[0] and each < len(visible) else str(each) for each in here]
-    return f"{'CPU' if devices[0].platform == 'cpu' else 'GPU'} {','.join(numbers)}: {devices[0].device_kind}"
+    numbers = [visible[each] if each < len(visible) else str(each) for each in here]
+    return f"{kind} {','.join(numbers)}: {devices[0].device_kind}"

@@ -72,11 +72,10 @@ def start(program: str, args: argparse.Namespace, launch: Launch | None, work: W
     A process with peers does it under a monitor (`supervise`), and its status is that of the whole run. Alone, it takes
     an interrupt from the keyboard (status 130); what `work` raises KeyboardInterrupt with is said as well.
     """
+    if warning := missed_srun(os.environ, launch):
+        print(f"{program}: WARNING: {warning}", file=sys.stderr)
     if launch is None:
-        run = Run(program, args, Alone(args.grace_s))
-        if warning := missed_srun(os.environ):
-            run.say(f"WARNING: {warning}")
-        sys.exit(_alone(run, work))
+        sys.exit(_alone(Run(program, args, Alone(args.grace_s)), work))
     facts = {"jaxinfer": __version__}
     supervise(
         launch,

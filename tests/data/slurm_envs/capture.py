@@ -25,6 +25,8 @@ KEPT = re.compile(r"(SLURM|SRUN|CUDA|GPU|ROCR|ZE_|HIP)")
 
 TWO_BY_TWO = "srun -N2 --ntasks-per-node=2"
 BATCH = "sbatch --quiet --wait -o /dev/null -N2 --ntasks-per-node=2"
+SALLOC = "salloc --quiet -N2 --ntasks-per-node=2"
+INTERACTIVE = "srun --interactive -N1 -n1 --preserve-env"  # as LaunchParameters=use_interactive_step starts a shell
 CASES = {
     "one-task": "srun -n1 RECORD",
     "no-gpus": f"{TWO_BY_TWO} RECORD",
@@ -58,9 +60,15 @@ CASES = {
     "batch-steps-exclusive": f"{BATCH} -n2 --ntasks-per-node=1 -c2 --gpus-per-node=2 --wrap "
     "'for i in 1 2; do srun --exclusive -N2 -n2 -c1 --gpus-per-node=1 RECORD sleep 2 & done; wait'",
     "batch-step-export-none": f"{BATCH} --export=NONE --gpus-per-node=2 --wrap 'srun RECORD'",
+    "batch-step-one-of-two-tasks": f"{BATCH} --ntasks-per-node=1 --wrap 'srun -N1 -n1 RECORD'",
+    "batch-step-one-exact": f"{BATCH} --gpus-per-node=2 --wrap 'srun -N1 -n1 --exact --gpus=1 RECORD'",
+    "batch-step-one-overlap": f"{BATCH} --gpus-per-node=2 --wrap 'srun -N1 -n1 --overlap RECORD'",
+    "batch-from-a-step": f"srun -w a01 {BATCH} -w a02,b2 --wrap RECORD",
+    "salloc-interactive-step": f"{SALLOC} --gpus-per-node=2 {INTERACTIVE} RECORD",
+    "salloc-step-in-interactive-step": f"{SALLOC} --gpus-per-node=2 {INTERACTIVE} srun RECORD",
     "srun-export-none": f"{TWO_BY_TWO} --export=NONE --gpus-per-node=2 RECORD",
-    "salloc-shell": "salloc --quiet -N2 --ntasks-per-node=2 --gpus-per-node=2 RECORD",
-    "salloc-step": "salloc --quiet -N2 --ntasks-per-node=2 --gpus-per-node=2 srun RECORD",
+    "salloc-shell": f"{SALLOC} --gpus-per-node=2 RECORD",
+    "salloc-step": f"{SALLOC} --gpus-per-node=2 srun RECORD",
     "array": f"{BATCH} --array=3-4 --gpus-per-node=2 --wrap 'srun RECORD'",
     "requeued": f"{BATCH} --wrap "
     "'srun RECORD; [ -n \"$SLURM_RESTART_COUNT\" ] || scontrol requeue $SLURM_JOB_ID; sleep 2'",
