@@ -16,6 +16,7 @@ from jaxinfer.engine.costs import count_parameters
 from jaxinfer.models.config import ConfigError
 from jaxinfer.models.families import FAMILIES
 from jaxinfer.presets import PresetError, load_preset
+from jaxinfer.tokenizer import notes
 
 DESCRIPTION = """\
 Converts a Hugging Face folder to a jaxinfer checkpoint, which loads onto any mesh. Reads .safetensors, or PyTorch .bin
@@ -85,7 +86,16 @@ def main(arguments: list[str] | None = None) -> int:
         done = "already converted"
     tokenizer = "with its tokenizer" if manifest.tokenizer else "without a tokenizer (runs on token ids)"
     print(f"{args.output}: {done}{verified}: {manifest.parameters:,} parameters in {manifest.dtype}, {tokenizer}")
+    for note in _tokenizer_notes(args.source):
+        print(f"convert: note: {note}", file=sys.stderr)
     return 0
+
+
+def _tokenizer_notes(source: str) -> list[str]:
+    try:
+        return notes(source)
+    except Exception as error:  # the weights are converted, and run on token ids
+        return [f"{source}: the tokenizer cannot be used: {type(error).__name__}: {error}"]
 
 
 if __name__ == "__main__":

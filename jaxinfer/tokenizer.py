@@ -3,20 +3,26 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-SPACE = "▁"  # how SentencePiece writes a space
+from jaxinfer import spm
+
+# classes of transformers 4 that make tokenizer.json's own begin token give way to add_bos_token, and the model types
+# whose class they are where none is named
+_OBEYING = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+_OBEYING_MODELS = ("llama", "mistral", "phi3", "gemma", "gemma2")
 
 
 def load_tokenizer(ckpt_dir: str | Path) -> Any | None:
     """Loads ``CKPT/tokenizer``; None where the checkpoint has none and runs on token ids.
 
-    A ``tokenizer.json`` is taken as it is, whatever class the folder names for it. A SentencePiece model alone is
-    converted here: what transformers makes of one depends on its version and on the class that the folder names, and
-    differs from SentencePiece on text that begins with a space. ``spiece.model`` is GPT-SW3's, which runs SentencePiece
-    itself behind steps of its own.
+    A ``tokenizer.json`` is taken as it is, whatever class the folder names for it (`notes` says of its begin token). A
+    SentencePiece model alone is converted by `spm.from_sentencepiece`: what transformers makes of one depends on its
+    version and on the class that the folder names. ``spiece.model`` is GPT-SW3's, which runs SentencePiece itself
+    behind steps of its own.
 
     Returns:
       a `transformers.PreTrainedTokenizerBase`.
@@ -26,20 +32,41 @@ def load_tokenizer(ckpt_dir: str | Path) -> Any | None:
     """
     folder = Path(ckpt_dir) / "tokenizer"
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    load = next((load for name, load in _LOADERS.items() if name in found), None)
+    if load is None:
+        return None
     try:
-        if "tokenizer.json" in found:
-            return _from_folder(folder)
-        if "tokenizer.model" in found:
-            return _from_sentencepiece(folder)
-        if "vocab.json" in found:
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if "spiece.model" in found:
-            return _from_gpt_sw3(folder)
+        tokenizer = load(folder)
     except Exception as error:
         raise ValueError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
-    return None
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")  # an editor's byte order mark
+    return tokenizer
+
+
+def notes(folder: str | Path) -> list[str]:
+    """What was chosen for the tokenizer of a Hugging Face folder, where versions of transformers differ.
+
+    Raises:
+      ValueError: files that `load_tokenizer` would refuse.
+    """
+    from tokenizers import Tokenizer
+
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return spm.notes(folder) if (folder / "tokenizer.model").is_file() else []
+    config = spm.read_config(folder)
+    begin, wanted = spm.plain(config.get("bos_token")), _begin_wanted(folder, config)
+    if wanted is None or not begin:
+        return []
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if wanted == (backend.encode("a").ids[:1] == [backend.token_to_id(begin)]):
+        return []
+    said, puts = ("true", "does not put") if wanted else ("false", "puts")
+    return [
+        f"tokenizer_config.json has add_bos_token {said}, tokenizer.json {puts} {begin} before a prompt: the former "
+        "counts, as in transformers 4 (5 does not look at it)"
+    ]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -78,7 +105,49 @@ def apply_chat(tokenizer: Any, messages: Any) -> list[int]:
 def _from_folder(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    with _readable(folder) as readable:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(readable, local_files_only=True)
+    wanted, begin = _begin_wanted(folder, spm.read_config(folder)), tokenizer.bos_token
+    if wanted is not None and begin and wanted != (tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]):
+        spm.begin_with(tokenizer.backend_tokenizer, begin if wanted else None)
+    return tokenizer
+
+
+def _begin_wanted(folder: Path, config: dict[str, Any]) -> bool | None:
+    """What add_bos_token says where it counts beside a ``tokenizer.json``.
+
+    Such a field is transformers 4's, which wrote files whose tokenizer.json was wrong without it (DeepSeek's
+    distillations have such); what 5 writes has no such field.
+    """
+    wanted, named = config.get("add_bos_token"), config.get("tokenizer_class")
+    if named is None:
+        obeyed = spm.read(folder / "config.json").get("model_type") in _OBEYING_MODELS
+    else:
+        obeyed = str(named).removesuffix("Fast") in _OBEYING
+    return wanted if obeyed and isinstance(wanted, bool) else None
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[Path]:
+    """The folder as transformers 5 can read it: tokens with flags under the old name of their list make it fail."""
+    path = folder / "special_tokens_map.json"
+    named = spm.read(path)
+    tokens = named.pop("additional_special_tokens", None) or []
+    if not any(isinstance(token, dict) for token in tokens):
+        yield folder
+        return
+    with TemporaryDirectory() as scratch:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True)
+        named["extra_special_tokens"] = tokens + (named.get("extra_special_tokens") or [])
+        (Path(scratch) / path.name).write_text(json.dumps(named), "utf-8")
+        yield Path(scratch)
+
+
+def _from_vocabulary(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with _readable(folder) as readable:
+        return AutoTokenizer.from_pretrained(readable, local_files_only=True)
 
 
 def _from_gpt_sw3(folder: Path) -> Any:
@@ -98,83 +167,19 @@ def _from_gpt_sw3(folder: Path) -> Any:
 
 
 def _from_sentencepiece(folder: Path) -> Any:
-    from tokenizers import processors
-
+    backend, config = spm.from_sentencepiece(folder)
     with TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        for path in folder.iterdir():
-            if path.is_file() and path.name != "tokenizer.model":
-                shutil.copy(path, scratch)
-        path = scratch / "tokenizer_config.json"
-        backend, named = _convert((folder / "tokenizer.model").read_bytes())
-        config = named | (json.loads(path.read_text("utf-8")) if path.is_file() else {})
-        begin = config.get("bos_token")
-        begin = begin["content"] if isinstance(begin, dict) else begin
-        # a SentencePiece model does not say whether its begin token is wanted; in the LLaMA family it is unless denied
-        if begin and config.get("add_bos_token", True):
-            template = {"single": f"{begin} $A", "pair": f"{begin} $A {begin}:1 $B:1"}
-            tokens = [(begin, backend.token_to_id(begin))]
-            backend.post_processor = processors.TemplateProcessing(**template, special_tokens=tokens)
+        for path in folder.glob("chat_template*"):
+            shutil.copy(path, scratch)
         backend.save(str(scratch / "tokenizer.json"))
-        path.write_text(json.dumps(config), "utf-8")
+        (scratch / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
         return _from_folder(scratch)
 
 
-def _convert(model: bytes) -> tuple[Any, dict[str, str]]:
-    """A SentencePiece model as a `tokenizers.Tokenizer`, and its special tokens under transformers' names."""
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    pieces = [piece.piece for piece in proto.pieces]
-    scores = [piece.score for piece in proto.pieces]
-    if trainer.model_type == trainer.BPE:
-        vocabulary = {piece: place for place, piece in enumerate(pieces)}
-        core = models.BPE(
-            vocabulary,
-            list(_merges(vocabulary, scores)),
-            unk_token=pieces[trainer.unk_id],
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
-    elif trainer.model_type == trainer.UNIGRAM:
-        core = models.Unigram(list(zip(pieces, scores)), trainer.unk_id, trainer.byte_fallback)
-    else:
-        raise ValueError("tokenizer.model: the model type is neither BPE nor unigram")
-    symbols = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
-    if symbols:
-        raise ValueError(
-            f"tokenizer.model: user-defined symbols, the first is {symbols[0]!r}, are not supported; "
-            "legal: none, or a tokenizer.json beside it"
-        )
-    backend = Tokenizer(core)
-    steps = []
-    if normalizer.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
-    if normalizer.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if normalizer.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    spaces = [decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *spaces]
-    )
-    for piece in proto.pieces:
-        if piece.type in (piece.CONTROL, piece.UNKNOWN):
-            backend.add_special_tokens([AddedToken(piece.piece, normalized=False)])
-    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
-    return backend, {name: pieces[place] for name, place in ids.items() if place >= 0}
-
-
-def _merges(vocabulary: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
-    """Pairs of pieces that join into a piece, in the order in which SentencePiece joins: best score first."""
-    pairs = (
-        (-scores[place], place, piece[:cut], piece[cut:])
-        for piece, place in vocabulary.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    )
-    for _, _, left, right in sorted(pairs, key=lambda pair: pair[:2]):
-        yield left, right
+_LOADERS = {
+    "tokenizer.json": _from_folder,
+    "tokenizer.model": _from_sentencepiece,
+    "vocab.json": _from_vocabulary,
+    "spiece.model": _from_gpt_sw3,
+}

@@ -258,6 +258,23 @@ def test_command_line(tiny, tmp_path, capfd):
     assert "--source open_llama_3b_v2 --output" in capfd.readouterr().out
 
 
+def test_choices_for_the_tokenizer_are_said(tiny, tmp_path, capfd):
+    vocabulary = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<s>": 0, "a": 1}, "unk_token": "<s>"}}
+    (tiny / "tokenizer.json").write_text(json.dumps(vocabulary))
+    config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "add_bos_token": True}
+    (tiny / "tokenizer_config.json").write_text(json.dumps(config))
+    arguments = ["--source", str(tiny), "--output", str(tmp_path / "ckpt")]
+    assert main(arguments) == 0
+    said = (
+        "convert: note: tokenizer_config.json has add_bos_token true, tokenizer.json does not put <s> before a prompt"
+    )
+    assert said in capfd.readouterr().err
+    (tiny / "tokenizer.json").write_text("{")
+    shutil.rmtree(tmp_path / "ckpt")
+    assert main(arguments) == 0  # the weights are as good without
+    assert f"convert: note: {tiny}: the tokenizer cannot be used: " in capfd.readouterr().err
+
+
 def test_converter_does_not_load_an_accelerator_library(tiny, tmp_path):
     code = (
         f"import sys; from convert.__main__ import main; main({command(tiny, tmp_path / 'ckpt')[3:]!r});"

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jaxinfer.tokenizer import apply_chat, encode, load_tokenizer
+from jaxinfer.tokenizer import apply_chat, encode, load_tokenizer, notes
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LINES = [
@@ -133,6 +133,60 @@ def test_tokenizer_json_is_taken_as_it_is(folder):
         ids = encode(tokenizer, line)
         assert ids == backend.encode(line).ids and ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True) == line
+
+
+@pytest.mark.parametrize("template", [None, "<b> $A"])
+def test_add_bos_token_beside_a_tokenizer_json(folder, template):
+    """Obeyed where transformers 4 obeyed it: 5 does not, and files of DeepSeek's distillations need it."""
+    for named in ("LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast", None):
+        for said in (True, False, None):
+            config = {"tokenizer_class": named, "add_bos_token": said}
+            backend = save_byte_level(folder, {name: it for name, it in config.items() if it is not None}, template)
+            (folder / "config.json").write_text(json.dumps({"model_type": "llama" if named is None else "qwen2"}))
+            expected = bool(template) if said is None or named == "PreTrainedTokenizerFast" else said
+            plain = backend.encode("a fox", add_special_tokens=False).ids
+            tokenizer = load_tokenizer(folder.parent)
+            assert encode(tokenizer, "a fox") == [tokenizer.bos_token_id] * expected + plain, config
+            assert apply_chat_alone(tokenizer, "a fox") == plain
+            assert len(notes(folder)) == (expected != bool(template)), config
+    save_byte_level(folder, {"add_bos_token": True})
+    assert notes(folder)[0].startswith("tokenizer_config.json has add_bos_token true, tokenizer.json does not put <b>")
+
+
+def apply_chat_alone(tokenizer, text):
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    return apply_chat(tokenizer, [{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_added_tokens_beside_a_byte_level_vocabulary(folder, kind):
+    """In each of the three files, with their flags, as by transformers; tokens with flags in special_tokens_map.json
+    stop transformers 5 itself."""
+    backend = save_byte_level(folder, {"tokenizer_class": "GPT2Tokenizer", "unk_token": "<b>"})
+    size, base = backend.get_vocab_size(), json.loads((folder / "tokenizer_config.json").read_text())
+    if kind == "vocab.json":
+        (folder / "tokenizer.json").unlink()
+        backend.model.save(str(folder))
+    token = {"content": "<|x|>", "normalized": False, "lstrip": True, "rstrip": False, "single_word": False}
+    for name, content, stripped in (
+        ("added_tokens.json", {"<|x|>": size}, False),
+        ("tokenizer_config.json", base | {"added_tokens_decoder": {str(size): token | {"special": True}}}, True),
+        ("special_tokens_map.json", {"additional_special_tokens": [token]}, True),
+    ):
+        before = (folder / "tokenizer_config.json").read_text()
+        (folder / name).write_text(json.dumps(content))
+        tokenizer = load_tokenizer(folder.parent)
+        one, space, two = (backend.encode(text).ids for text in ("a fox", " ", "fox"))
+        assert encode(tokenizer, "a fox <|x|>fox") == [*one, *([] if stripped else space), size, *two], name
+        (folder / name).unlink()
+        (folder / "tokenizer_config.json").write_text(before)
+
+
+def test_a_chat_template_with_a_byte_order_mark(folder):
+    save_byte_level(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", "utf-8-sig")
+    tokenizer = load_tokenizer(folder.parent)
+    assert tokenizer.decode(apply_chat(tokenizer, [{"role": "user", "content": "hi"}])) == "hi"
 
 
 def test_a_prompt_has_no_end_token_but_what_its_text_says(folder):
