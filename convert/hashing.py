@@ -1,6 +1,7 @@
 """Hashes of files. A source file is hashed while the one before it is converted, which also warms the page cache."""
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,8 @@ from threading import Event
 from typing import Any
 
 import xxhash
+
+from convert.torch_reader import sections
 
 _BLOCK = 8 << 20
 Told = Callable[[int], object]
@@ -25,8 +28,39 @@ def _hashed(path: Path, hasher: Any, told: Told, stop: Event | None = None) -> t
 
 
 def sha256(path: Path, told: Told = lambda size: None, stop: Event | None = None) -> dict[str, Any]:
-    size, digest = _hashed(path, hashlib.sha256(), told, stop)
+    """Of a source file, {bytes, sha256}. The same reading checks the CRC-32 of every entry of a ``.bin``.
+
+    Raises:
+      ConvertError: an entry has another.
+    """
+    size, digest = _hashed(path, _Checked(path) if path.suffix == ".bin" else hashlib.sha256(), told, stop)
     return {"bytes": size, "sha256": digest}
+
+
+class _Checked:
+    """SHA-256 of a zip file's bytes, which come in order, and the check of each entry that is complete."""
+
+    def __init__(self, path: Path):
+        self.path, self.hasher = path, hashlib.sha256()
+        self.waiting = sections(path)[::-1]
+        self.place, self.crc = 0, 0
+
+    def update(self, data: memoryview) -> None:
+        self.hasher.update(data)
+        end = self.place + len(data)
+        while self.waiting and self.waiting[-1].start < end:
+            section = self.waiting[-1]
+            stop = section.start + section.size
+            self.crc = zlib.crc32(data[max(0, section.start - self.place) : min(stop, end) - self.place], self.crc)
+            if stop > end:
+                break
+            section.check(self.path, self.crc)
+            self.waiting.pop()
+            self.crc = 0
+        self.place = end
+
+    def hexdigest(self) -> str:
+        return self.hasher.hexdigest()
 
 
 def intact(folder: Path, files: dict[str, dict[str, Any]]) -> bool:

@@ -63,9 +63,11 @@ def blocks(tensor: SourceTensor) -> Iterator[tuple[int, np.ndarray]]:
     One that does not lie row by row is held whole while it is read.
     """
     dtype = DTYPES[tensor.dtype]
+    if not tensor.size:
+        return
     with open(tensor.path, "rb", buffering=0) as file:
+        extent = _extent(tensor, file.seek(0, 2))
         if not tensor.contiguous:
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
             flat = np.empty(extent, dtype)
             _read(file, tensor, tensor.offset, flat)
             strides = [stride * dtype.itemsize for stride in tensor.strides]
@@ -80,6 +82,18 @@ def blocks(tensor: SourceTensor) -> Iterator[tuple[int, np.ndarray]]:
             else:
                 block = whole[start : start + rows]
             yield start, block
+
+
+def _extent(tensor: SourceTensor, file_bytes: int) -> int:
+    """How many elements lie from the first to the last. as_strided looks at no bounds: what is refused here is what
+    keeps it inside of them."""
+    if len(tensor.strides) != len(tensor.shape) or min((tensor.offset, *tensor.shape, *tensor.strides)) < 0:
+        what = f"offset {tensor.offset}, shape {tensor.shape}, strides {tensor.strides}"
+        raise ConvertError(f"{tensor.path}: tensor {tensor.name}: {what} cannot be")
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
+    if tensor.offset + extent * DTYPES[tensor.dtype].itemsize > file_bytes:
+        raise ConvertError(f"{tensor.path}: truncated: tensor {tensor.name} ends beyond the file")
+    return extent
 
 
 def _read(file, tensor: SourceTensor, offset: int, into: np.ndarray) -> None:

@@ -1,7 +1,10 @@
 """Sets what JAX reads once, when it starts: eight virtual CPU devices, or the GPUs with ``JAXINFER_TEST_GPU=1``."""
 
 import os
+import resource
 import shutil
+import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,3 +47,18 @@ def tiny(tmp_path: Path) -> Path:
 
     make_hf_folder(tmp_path / "hf", num_hidden_layers=1)
     return tmp_path / "hf"
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """A test of this process that may take 512 MB more, and 5 s of processor time; more is a MemoryError, a failure."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        held = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (512 << 20), hard))
+    started = time.process_time()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert time.process_time() - started < 5

@@ -190,7 +190,7 @@ def test_damaged_bin_is_refused(tmp_path, change, message):
 def test_compressed_bin_is_refused(tmp_path):
     torch.save({"a": torch.ones(3, 400)}, tmp_path / "x.bin")
     _edited_zip(tmp_path / "x.bin", lambda entries: entries, zipfile.ZIP_DEFLATED)
-    with pytest.raises(ConvertError, match=r"tensor a: .*stored without compression"):
+    with pytest.raises(ConvertError, match=r"data.pkl: expected one stored without compression, found zip method 8"):
         open_torch(tmp_path / "x.bin")
 
 
@@ -219,7 +219,7 @@ class _Pickler(pickle.Pickler):
         (_Forged(1, (3, 4), (4, 1)), "reaches element 12 of a storage of 12"),
         (_Forged(0, (3, 4), (1 << 40, 1)), "reaches element"),
         (_Forged(0, (3, 4), (1,)), "pickle cannot be read.*strides"),
-        (_Forged(-1, (3, 4), (4, 1)), "pickle cannot be read.*offset -1"),
+        (_Forged(-1, (3, 4), (4, 1)), "pickle cannot be read.*offset"),
         (_Forged(0, "ab", (4, 1)), "pickle cannot be read"),
     ],
 )
