@@ -5,13 +5,12 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from jaxinfer.cluster.pulse import Alone, Pulse
 from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.llm import LLM
-from jaxinfer.outputs import Writer, beside, output_line, write_json
+from jaxinfer.outputs import Writer, beside, output_line
 from jaxinfer.telemetry.metrics import RunMetrics
 from jaxinfer.telemetry.profile import Profile
 from jaxinfer.telemetry.progress import Progress
@@ -19,27 +18,28 @@ from jaxinfer.telemetry.progress import Progress
 Life = Pulse | Alone
 
 
-def note_unfinished(output: Path, left: int, fresh: bool) -> None:
+def note_unfinished(writer: Writer, left: int, fresh: bool) -> None:
     """Says in the metrics file how many requests are left, for whoever finds it after a kill; `fresh`: nothing else of
     an earlier run stays in it."""
-    path = beside(output, "metrics")
+    path = beside(writer.path, "metrics")
     old: dict[str, Any] = {}
     if not fresh and path.exists():
         old = json.loads(path.read_bytes())
-    write_json(path, old | {"unfinished": left, "stopped_by": None})
+    writer.note("metrics", old | {"unfinished": left, "stopped_by": None})
 
 
 def run_batch(
     llm: LLM,
     requests: dict[str, Request],
     life: Life,
-    output: Path | None,
+    writer: Writer | None,
     first: bool,
     shows: bool,
     counts: dict[str, int],
     profile: Profile | None = None,
 ) -> dict[str, Any]:
-    """Runs `requests`, which `llm` has, and returns the figures; only the `first` process writes and shows.
+    """Runs `requests`, which `llm` has, and returns the figures; only the `first` process shows, and has the
+    `writer`.
 
     After a stop signal it lets nothing new begin, finishes what it can in time and puts the rest back: nothing of a
     request that has not finished stays in the output, so that the same command does it again. `profile` traces some of
@@ -49,9 +49,8 @@ def run_batch(
       OutputError: the disk does not take a result; what was written before is whole.
     """
     metrics = RunMetrics()
-    writer = Writer(output) if first and output is not None else None
     if writer is not None:
-        note_unfinished(writer.path, len(requests), fresh=True)
+        note_unfinished(writer, len(requests), fresh=True)
     bar = Progress("generate", "requests", len(requests), shown=first)
     left = Counter({name: request.params.n for name, request in requests.items()})
 
@@ -72,8 +71,8 @@ def run_batch(
         bar.close()
         if profile is not None:
             profile.close()
-        if writer is not None:
-            writer.close()
+    if writer is not None:
+        writer.sync()
     number = life.stop_signal()
     unfinished = sum(each > 0 for each in left.values())
     stopped_by = signal.Signals(number).name if number else None
@@ -82,7 +81,7 @@ def run_batch(
     summary = counts | {"unfinished": unfinished, "stopped_by": stopped_by, "decode_sum": llm.engine.decode_sum}
     summary |= metrics.summary(asdict(llm.engine.stats), jax.devices()[0].device_kind)
     if writer is not None:
-        write_json(beside(writer.path, "metrics"), summary)
+        writer.note("metrics", summary)
     return summary
 
 

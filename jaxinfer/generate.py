@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ input lines (.jsonl):
 output lines:
   id, index (0 to n-1), text, token_ids, finish_reason (stop or length), prompt_tokens, completion_tokens, ttft_s,
   latency_s, and logprobs where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command) and
-  OUT.metrics.json.
+  OUT.metrics.json. A pipe or a device (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
 
 signals: SIGTERM and SIGUSR1 let nothing new begin, finish what runs within --grace-s, put the rest back and end with
   status 0; OUT.metrics.json says how many are "unfinished", and the same command does them.
@@ -80,7 +80,7 @@ def main() -> None:
     launch = find_process(PROGRAM, args)
     if launch and launch.num_processes > 1 and args.prompts == "-":
         refuse(PROGRAM, "--prompts - works with one process: standard input does not reach them all")
-    start(PROGRAM, args, launch, execute)
+    start(PROGRAM, args, launch, execute, lambda: args.output is None or take_back(Path(args.output)))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -167,30 +167,26 @@ def _execute(run: Run) -> int:
         if args.strict:
             _stop_at_error(records)
         join(run)
-    finished = _begin(run, defaults, records)
-    try:
-        return _finish(run, records, finished)
-    except UserError:
-        if run.first and args.output is not None:
-            take_back(Path(args.output))
-        raise
+    with ExitStack() as stack:
+        finished, writer = _begin(run, defaults, records, stack)
+        return _finish(run, records, finished, writer)
 
 
-def _finish(run: Run, records: list[InputRecord | InputError], finished: set[str]) -> int:
+def _finish(run: Run, records: list[InputRecord | InputError], finished: set[str], writer: Writer | None) -> int:
     """Runs what is not finished; the exit status."""
     args = run.args
     todo = [record for record in records if isinstance(record, InputError) or record.id not in finished]
     if any(isinstance(record, InputRecord) for record in todo):
         with memory():
-            _run(run, todo, len(finished))
+            _run(run, todo, len(finished), writer)
     else:
-        _write_errors(run, todo)
+        _write_errors(run, todo, writer)
         if finished:
             run.say(f"nothing to run: {args.output} has all {len(finished):,} requests")
-        if run.first and args.output is not None:
+        if writer is not None:
             from jaxinfer.batch import note_unfinished
 
-            note_unfinished(Path(args.output), 0, fresh=False)
+            note_unfinished(writer, 0, fresh=False)
     bad = sum(isinstance(record, InputError) for record in todo)
     if bad:
         run.say(f"WARNING: {bad:,} of {len(records):,} lines are bad and did not run")
@@ -216,8 +212,11 @@ def _stop_at_error(records: list[InputRecord | InputError]) -> None:
             raise UserError(f"line {record.line} (id {record.id!r}): {record.message}")
 
 
-def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | InputError]) -> set[str]:
-    """Looks at the checkpoint, chooses the mesh, makes the output ready; the ids of requests that are finished."""
+def _begin(
+    run: Run, defaults: SamplingParams, records: list[InputRecord | InputError], stack: ExitStack
+) -> tuple[set[str], Writer | None]:
+    """Looks at the checkpoint, chooses the mesh, makes the output ready; the ids of requests that are finished, and in
+    the first process the output, which `stack` closes."""
     import xxhash
 
     from jaxinfer.telemetry.manifest import describe_run
@@ -233,18 +232,19 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
         same_everywhere(hosts, "prompts or options", _digest(args, records))
         mesh = choose_mesh(run, manifest.model, hosts)
     if args.output is None:
-        return set()
+        return set(), None
     settings = {"model": checkpoint.hexdigest(), "dtype": args.dtype or manifest.dtype, "max_context": args.max_context}
     settings["load_format"] = args.load_format
     flags = {name: value for name, value in vars(args).items() if value is not None}
     described = describe_run(__version__, flags, mesh, hosts)
     answer: dict[str, Any] = {}
+    writer = None
     if run.first:  # one process decides: on a shared file system the others may see an older file
         run.life.beat("start", 3)
         try:
-            output = Path(args.output)
+            writer = stack.enter_context(Writer(Path(args.output)))
             done = prepare(
-                output, records, settings | defaults.to_dict(), described, args.overwrite, args.resume_anyway
+                writer, records, settings | defaults.to_dict(), described, args.overwrite, args.resume_anyway
             )
             answer["finished"] = sorted(done)
         except OutputError as error:
@@ -253,7 +253,7 @@ def _begin(run: Run, defaults: SamplingParams, records: list[InputRecord | Input
     answer = distributed.share(answer)
     if "error" in answer:
         raise OutputError(answer["error"])
-    return set(answer["finished"])
+    return set(answer["finished"]), writer
 
 
 def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -> bytes:
@@ -268,7 +268,7 @@ def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -
     return xxhash.xxh3_128_digest("\n".join(parts).encode())
 
 
-def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
+def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: Writer | None) -> None:
     """Loads the model, runs the records, writes what comes of them; a bad record gives way to its error in `todo`."""
     from jaxinfer.batch import run_batch
     from jaxinfer.telemetry.metrics import show
@@ -290,17 +290,16 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int) -> None:
         llm.engine.prepare()
 
     llm = load_model(run, add)
-    _write_errors(run, todo)
+    _write_errors(run, todo, writer)
     if not requests:
         return
-    output = None if args.output is None else Path(args.output)
     counts = {"already finished": already, "bad lines": len(todo) - len(requests)}
-    shows = run.first and (args.print or output is None)
+    shows = run.first and (args.print or args.output is None)
     profile = None
     if args.profile is not None:
         with usage():
             profile = Profile(Path(args.profile), *args.profile_steps, run.rank)
-    summary = run_batch(llm, requests, run.life, output, run.first, shows, counts, profile)
+    summary = run_batch(llm, requests, run.life, writer, run.first, shows, counts, profile)
     if run.first:
         show(summary, counts)
     if profile is not None:
@@ -326,17 +325,15 @@ def _show_profile(run: Run, profile: Any, engine: Any) -> None:
     run.say(f"traces: tensorboard --logdir {run.args.profile}")
 
 
-def _write_errors(run: Run, todo: list[InputRecord | InputError]) -> None:
+def _write_errors(run: Run, todo: list[InputRecord | InputError], writer: Writer | None) -> None:
     bad = [record for record in todo if isinstance(record, InputError)]
     for error in bad[:SHOWN_ERRORS]:
         run.say(f"line {error.line} (id {error.id!r}): {error.message}")
     if len(bad) > SHOWN_ERRORS:
         run.say(f"and {len(bad) - SHOWN_ERRORS:,} more bad lines")
-    if bad and run.args.output is not None and run.first:
-        writer = Writer(Path(run.args.output))
+    if writer is not None:
         for error in bad:
             writer.write(error.to_json())
-        writer.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Results on disk: whole lines appended as requests finish, and what a run that continues finds there."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -13,11 +14,12 @@ from typing import IO, Any
 
 import xxhash
 
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.checkpoint.files import is_stream, write_all, write_whole
 from jaxinfer.engine.request import Output
 from jaxinfer.inputs import InputError, InputRecord
 
 SYNC_SECONDS = 5.0
+READER_SECONDS = 30.0  # for the reader of a named pipe to come
 
 
 class OutputError(RuntimeError):
@@ -50,43 +52,151 @@ def output_line(output: Output) -> dict[str, Any]:
 
 
 class Writer:
-    """Appends JSON lines. Each is one write, so that a crash leaves at most the last one torn; the disk is told to keep
-    them every few seconds and at the end."""
+    """An output, this run's alone from the look at what is there to the last line. Each line is one write, so that a
+    crash leaves at most the last one torn; the disk is told to keep them every few seconds and at the end.
+
+    A stream (`is_stream`: a pipe, /dev/null) takes lines and nothing else: no files beside it, no earlier results.
+
+    Raises:
+      OutputError: it cannot be opened, or another run writes to it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = open(path, "ab", buffering=0)
-        _lock(self._file, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.stream = is_stream(path)
+            self._file = _open_stream(path) if self.stream else _open_locked(path)
+        except OSError as error:
+            raise OutputError(f"{error.filename or path}: {error.strerror}") from error
+        self._written = 0
         self._synced = time.monotonic()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self.sync()
+        except OutputError:
+            if kind is None:
+                raise
+        finally:
+            self._file.close()
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def clear(self) -> None:
+        self._file.truncate(0)
 
     def write(self, line: dict[str, Any]) -> None:
         """Raises OutputError when the disk does not take the whole line; the file then ends with the line before."""
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
-        end = os.fstat(self._file.fileno()).st_size
+        end = self.size
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            if time.monotonic() - self._synced > SYNC_SECONDS:
-                self.sync()
+            write_all(self._file, data)
         except OSError as error:
+            if self.stream:
+                raise OutputError(f"{self.path}: {error.strerror}, after {self._written} lines") from error
             os.ftruncate(self._file.fileno(), end)
             raise OutputError(
                 f"{self.path}: {error.strerror}; all {end} bytes before this result are whole, "
                 "and the same command goes on from there"
             ) from error
+        self._written += 1
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        """Raises OutputError when the disk says that it does not have what it took."""
         self._synced = time.monotonic()
-
-    def close(self) -> None:
+        if self.stream:
+            return
         try:
-            self.sync()
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror}; its last results may be lost") from error
-        finally:
-            self._file.close()
+
+    def note(self, kind: str, data: Any) -> None:
+        """Writes ``OUT.<kind>.json``."""
+        if not self.stream:
+            write_json(beside(self.path, kind), data)
+
+    def keep(self, spans: list[tuple[int, int]]) -> None:
+        """Goes on with these parts (offset, size) alone, in a file that takes the other's place.
+
+        Raises:
+          OutputError: they cannot be written; the output stays as it was.
+        """
+        aside = self.path.with_name(self.path.name + ".partial")
+        new = None
+        try:
+            new = open(aside, "ab", buffering=0)
+            _lock(new, self.path)
+            new.truncate(0)
+            with open(self.path, "rb") as old:
+                for start, size in spans:
+                    old.seek(start)
+                    write_all(new, old.read(size))
+            os.fsync(new.fileno())
+            os.replace(aside, self.path)
+        except OSError as error:
+            if new is not None:
+                new.close()
+            aside.unlink(missing_ok=True)
+            raise OutputError(
+                f"{self.path}: cannot be rewritten without its unfinished lines: {error.strerror}"
+            ) from error
+        self._file.close()
+        self._file = new
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    while True:
+        file = open(path, "ab", buffering=0)
+        try:
+            _lock(file, path)
+            if _is_there(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the run that had it put another in its place, or took it away
+
+
+def _is_there(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _open_stream(path: Path) -> IO[bytes]:
+    began = time.monotonic()
+    while True:
+        try:
+            # without a reader of the pipe, a plain open would wait for ever
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO or not path.is_fifo():
+                raise
+            if time.monotonic() - began > READER_SECONDS:
+                raise OutputError(f"{path}: nobody reads from this pipe (bound {READER_SECONDS:g} s)") from None
+            time.sleep(0.1)
+    os.set_blocking(handle, True)
+    return open(handle, "ab", buffering=0)
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{path}: another run is writing to it") from None
+    except OSError:
+        pass  # a file system without locks: then nobody guards against two runs at once
 
 
 @dataclass
@@ -135,24 +245,6 @@ def find_finished(path: Path, samples: Callable[[str], int]) -> Found:
     return found
 
 
-def drop_unfinished(path: Path, found: Found) -> None:
-    """Rewrites an output with the lines of finished requests alone, aside and renamed; leaves it if they are all."""
-    if sum(size for _, size in found.keep) == found.size:
-        return
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(path, "rb") as old, open(aside, "wb") as new:
-            for start, size in found.keep:
-                old.seek(start)
-                new.write(old.read(size))
-            new.flush()
-            os.fsync(new.fileno())
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be rewritten without its unfinished lines: {error.strerror}") from error
-    os.replace(aside, path)
-
-
 def prompt_hash(record: InputRecord) -> str:
     """Of all that makes a request's tokens, beside the settings of the run."""
     data = [record.kind, record.value, record.params.to_dict()]
@@ -166,7 +258,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def prepare(
-    path: Path,
+    writer: Writer,
     records: list[InputRecord | InputError],
     settings: dict[str, Any],
     run: dict[str, Any],
@@ -183,53 +275,44 @@ def prepare(
       OutputError: an output of another model, other sampling settings or another prompt under the same id, unless
         `anyway`; one without the settings it was made with; one that is not an output.
     """
+    if writer.stream:
+        return set()
+    path = writer.path
     run_file = beside(path, "run")
     requests = {record.id: record for record in records if isinstance(record, InputRecord)}
     prompts = {name: prompt_hash(record) for name, record in requests.items()}
     found = Found()
     earlier: dict[str, Any] = {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            _lock(file, path)
-            if overwrite:
-                file.truncate(0)
-            if path.stat().st_size:
-                found = find_finished(path, lambda name: requests[name].params.n if name in requests else 1)
-                earlier = _read_run(run_file, path, anyway)
-                if not anyway:
-                    _refuse_changes(path, earlier, settings, prompts, found.finished)
-                drop_unfinished(path, found)
+        if overwrite:
+            writer.clear()
+        if writer.size:
+            found = find_finished(path, lambda name: requests[name].params.n if name in requests else 1)
+            earlier = _read_run(run_file, path, anyway)
+            if not anyway:
+                _refuse_changes(path, earlier, settings, prompts, found.finished)
+            if sum(size for _, size in found.keep) != found.size:
+                writer.keep(found.keep)
         kept = {name: value for name, value in earlier.get("prompts", {}).items() if name in found.finished}
         runs = [*earlier.get("runs", []), run]
-        write_json(run_file, {"settings": settings, "runs": runs, "prompts": prompts | kept})
+        writer.note("run", {"settings": settings, "runs": runs, "prompts": prompts | kept})
     except OSError as error:
         raise OutputError(f"{error.filename or path}: {error.strerror}") from error
     return found.finished & requests.keys()
 
 
 def take_back(path: Path) -> None:
-    """Removes what `prepare` made, if nothing has been written since: a run that was refused leaves no file that looks
-    like results."""
-    if path.is_symlink() or not path.is_file():  # /dev/null, say
+    """Removes an output with nothing in it, and what is beside it, unless a run is writing to it: a run that was
+    refused leaves no file that looks like results."""
+    if path.is_symlink() or not path.is_file() or is_stream(path):
         return
     try:
-        with open(path, "ab") as file:
-            _lock(file, path)
-            if path.stat().st_size == 0:
-                path.unlink()
-                beside(path, "run").unlink(missing_ok=True)
+        with Writer(path) as writer:
+            if writer.size == 0:
+                for each in (path, beside(path, "run"), beside(path, "metrics")):
+                    each.unlink(missing_ok=True)
     except (OSError, OutputError):
         pass  # gone, or another run's by now
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(f"{path}: another run is writing to it") from None
-    except OSError:
-        pass  # a file system without locks: then nobody guards against two runs at once
 
 
 def _read_run(run_file: Path, output: Path, anyway: bool) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def main() -> None:
                 time.sleep(1)  # for its last word of where this is
             FAULTS[fault]()
 
-    def faulty_supervise(launch, limits, program, facts, work):
+    def faulty_supervise(launch, limits, program, facts, work, take_back):
         nonlocal mine
 
         def faulty_work(pulse, where):
@@ -60,7 +60,7 @@ def main() -> None:
 
         if fault == "version" and launch.process_id == int(rank):
             facts = facts | {"jaxinfer": "0.0.1"}
-        supervise(launch, limits, program, facts, faulty_work)
+        supervise(launch, limits, program, facts, faulty_work, take_back)
 
     mine = False
     Pulse.beat = faulty_beat

@@ -1,6 +1,7 @@
 """``python -m jaxinfer.generate`` as a user runs it: whole commands on real checkpoints."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -290,6 +291,40 @@ def test_what_is_refused_leaves_no_output_and_takes_none_away(tiny, tmp_path, mo
     whole = out.read_bytes()
     assert in_process(monkeypatch, capsys, *arguments[:-1], 3, "--mesh", "stage=5")[0] == 2
     assert out.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_of_two_runs_on_one_output_the_second_is_refused(tiny, tmp_path):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}, {"prompt_token_ids": [5]}])
+    arguments = ("--model", tiny, "--prompts", prompts, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2)
+    first = subprocess.Popen(command(*arguments, *SMALL), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out.run.json").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # a load that takes its time
+    try:
+        assert f"{tmp_path / 'out.jsonl'}: another run is writing to it" in run(*arguments, *SMALL, status=2).stderr
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=300) == 0
+    assert sorted(results(tmp_path / "out.jsonl")) == [("1", 0), ("2", 0)]
+
+
+def test_an_output_that_is_no_file_takes_lines_and_nothing_else(tiny, tmp_path, monkeypatch, capsys):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}, {"id": "bad"}])
+    arguments = ("--model", tiny, "--prompts", prompts, "--max-new-tokens", 2, "--mesh", "tensor=1", "--output")
+    devices = set(os.listdir("/dev"))
+    status, err = in_process(monkeypatch, capsys, *arguments, "/dev/null")
+    assert status == 0, err
+    status, err = in_process(monkeypatch, capsys, *arguments, "/dev/full")
+    assert status == 2 and "error: /dev/full: No space left on device, after 0 lines" in err
+    out, into = os.pipe()
+    status, err = in_process(monkeypatch, capsys, *arguments, f"/dev/fd/{into}")
+    os.close(into)
+    with open(out) as pipe:
+        found = [json.loads(line) for line in pipe]
+    assert status == 0 and [line["id"] for line in found] == ["bad", "1"], err
+    assert set(os.listdir("/dev")) == devices and list(tmp_path.iterdir()) == [prompts]
 
 
 def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):

@@ -1,16 +1,19 @@
 """Results on disk: whole lines, whatever happens, and nothing written twice by the run that goes on."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jaxinfer import outputs
+from jaxinfer.checkpoint.files import write_whole
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Output, TokenLogprob
 from jaxinfer.inputs import InputError, InputRecord
-from jaxinfer.outputs import OutputError, Writer, beside, changes, output_line, prepare
+from jaxinfer.outputs import OutputError, Writer, beside, changes, output_line, prepare, take_back
 
 SETTINGS = {"model": "abc", "dtype": "float32", "temperature": 0.0}
 PARAMS = SamplingParams()
@@ -25,7 +28,8 @@ def line(name: str, index: int = 0, **more) -> str:
 
 
 def begin(path: Path, records, settings=SETTINGS, overwrite=False, anyway=False) -> set[str]:
-    return prepare(path, records, settings, {"command": "c"}, overwrite, anyway)
+    with Writer(path) as writer:
+        return prepare(writer, records, settings, {"command": "c"}, overwrite, anyway)
 
 
 @pytest.fixture
@@ -37,9 +41,8 @@ def test_a_line_has_the_fields_of_the_command(out):
     score = TokenLogprob(5, -0.5, 1, [(5, -0.5), (6, -2.0)])
     output = Output("a", 1, "hé", [5], "stop", 3, 1, 0.12345678, 0.2, [score], [None, score])
     begin(out, [request("a")])
-    writer = Writer(out)
-    writer.write(output_line(output))
-    writer.close()
+    with Writer(out) as writer:
+        writer.write(output_line(output))
     scored = {
         "token_id": 5,
         "logprob": -0.5,
@@ -70,12 +73,10 @@ def test_files_beside_the_output():
 
 
 def test_lines_appear_as_they_are_written(out):
-    begin(out, [])
-    writer = Writer(out)
-    for count in (1, 2):
-        writer.write({"id": str(count)})
-        assert len(out.read_text().splitlines()) == count
-    writer.close()
+    with Writer(out) as writer:
+        for count in (1, 2):
+            writer.write({"id": str(count)})
+            assert len(out.read_text().splitlines()) == count
 
 
 WHOLE = line("a") + line("b") + line("c", 0) + line("c", 1)
@@ -174,13 +175,111 @@ def test_the_run_file_tells_every_start(out):
 
 
 def test_two_runs_do_not_write_to_one_output(out):
+    records = [request("a"), request("b", n=2)]
+    begin(out, records)
+    out.write_text(line("a") + line("b", 1))
+
+    def refused():
+        for again in (lambda: Writer(out), lambda: begin(out, [], overwrite=True)):
+            with pytest.raises(OutputError, match="another run is writing to it"):
+                again()
+
+    with Writer(out) as writer:
+        refused()
+        assert prepare(writer, records, SETTINGS, {}, False, False) == {"a"}
+        assert out.read_text() == line("a")
+        refused()  # although the file is another one now
+        writer.clear()
+        take_back(out)
+        writer.write({"id": "b"})
+    with Writer(out):
+        assert out.read_text() == '{"id": "b"}\n'
+
+
+# The second opens the file, the first then puts another in its place: a lock on what is gone would be nobody's.
+LATE = """
+import fcntl, sys
+from pathlib import Path
+from jaxinfer import outputs
+lock = outputs._lock
+def late(file, path):
+    print("open", flush=True)
+    sys.stdin.readline()
+    outputs._lock = lock
+    lock(file, path)
+outputs._lock = late
+with outputs.Writer(Path(sys.argv[1])) as writer:
+    writer.write({"id": "second"})
+"""
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_lock_is_on_the_file_that_has_the_name(out, replaced):
     begin(out, [request("a")])
-    writer = Writer(out)
-    for again in (lambda: Writer(out), lambda: begin(out, [request("a")]), lambda: begin(out, [], overwrite=True)):
-        with pytest.raises(OutputError, match="another run is writing to it"):
-            again()
-    writer.close()
-    Writer(out).close()
+    out.write_text(line("a") + line("b") if replaced else "")
+    with Writer(out) as writer:
+        second = subprocess.Popen([sys.executable, "-c", LATE, out], stdin=-1, stdout=-1, text=True)
+        assert second.stdout.readline() == "open\n"
+        writer.keep([(0, len(line("a").encode()))]) if replaced else out.unlink()
+    second.communicate("go\n", timeout=60)
+    assert second.returncode == 0
+    assert [json.loads(each)["id"] for each in out.open()] == ["a", "second"][1 - replaced :]
+
+
+@pytest.mark.parametrize("what", ["fifo", "link", "stdout", "file"])
+def test_a_stream_has_no_files_beside_it(tmp_path, what):
+    path = tmp_path / "out"
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "link":
+        path.symlink_to("/dev/stdout")
+    script = f"""
+from pathlib import Path
+from jaxinfer import outputs
+with outputs.Writer(Path({"/dev/stdout" if what == "stdout" else str(path)!r})) as writer:
+    assert outputs.prepare(writer, [], {{}}, {{}}, False, False) == set()
+    writer.note("metrics", {{}})
+    for each in range(2000):
+        writer.write({{"id": str(each), "text": "x" * 100}})
+"""
+    with open(tmp_path / "taken", "wb") as taken:
+        reader = subprocess.Popen(["cat", path], stdout=taken) if what == "fifo" else None
+        subprocess.run([sys.executable, "-c", script], check=True, stdout=taken, timeout=60)
+        if reader:
+            reader.wait(60)
+    found = path if what == "file" else tmp_path / "taken"
+    assert [json.loads(each)["id"] for each in found.open()] == [str(each) for each in range(2000)]
+    left = {each.name for each in tmp_path.iterdir()} - {"out", "taken"}
+    assert left == ({"out.run.json", "out.metrics.json"} if what == "file" else set())
+
+
+def test_a_pipe_that_nobody_reads(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "out")
+    monkeypatch.setattr(outputs, "READER_SECONDS", 0.2)
+    with pytest.raises(OutputError, match="nobody reads from this pipe"):
+        Writer(tmp_path / "out")
+
+
+def test_a_reader_that_has_gone(tmp_path):
+    out, into = os.pipe()
+    with Writer(Path(f"/dev/fd/{into}")) as writer:
+        writer.write({"id": "a"})
+        os.close(out)
+        with pytest.raises(OutputError, match=r"Broken pipe, after 1 lines"):
+            writer.write({"id": "b"})
+    os.close(into)
+
+
+def test_a_whole_file_goes_into_streams_and_new_folders(tmp_path):
+    out, into = os.pipe()
+    write_whole(Path(f"/dev/fd/{into}"), b"whole")
+    os.close(into)
+    assert os.read(out, 99) == b"whole"
+    write_whole(tmp_path / "new" / "folder" / "a.json", b"whole")
+    assert (tmp_path / "new" / "folder" / "a.json").read_bytes() == b"whole"
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(Path("/dev/full"), b"whole")
+    assert os.path.realpath("/dev/full") == "/dev/full" and not Path("/dev/full").is_file()
 
 
 def test_changes_name_what_differs():
@@ -194,6 +293,11 @@ from pathlib import Path
 from jaxinfer.outputs import OutputError, Writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 writer = Writer(Path(sys.argv[1]))
+if sys.argv[2:]:
+    try:
+        writer.keep([(0, 99), (0, 99)])
+    except OutputError as error:
+        print(error)
 try:
     for each in range(20):
         writer.write({"id": str(each), "text": "x" * 20})
@@ -209,6 +313,18 @@ def test_a_full_disk_leaves_whole_lines(out):
     assert [json.loads(line)["id"] for line in lines] == ["0", "1"]
     assert lines[-1].endswith("\n")
     assert f"{out}: File too large; all {out.stat().st_size} bytes before this result are whole" in done.stdout
+
+
+def test_a_full_disk_leaves_nothing_half_written(out):
+    out.parent.mkdir()
+    out.write_bytes(b"x" * 99 + b"\n")
+    done = subprocess.run([sys.executable, "-c", FULL, out, "keep"], capture_output=True, text=True, check=True)
+    assert "cannot be rewritten without its unfinished lines: File too large" in done.stdout
+    assert out.read_bytes() == b"x" * 99 + b"\n" and list(out.parent.iterdir()) == [out]
+    script = "import sys, jaxinfer.checkpoint.files as f, pathlib as p; f.write_whole(p.Path(sys.argv[1]), b'x' * 9000)"
+    full = ["prlimit", "--fsize=4096", sys.executable, "-c", script, out.with_name("new.json")]
+    done = subprocess.run(full, capture_output=True, text=True, check=False)
+    assert "File too large" in done.stderr and list(out.parent.iterdir()) == [out]
 
 
 def test_an_output_that_cannot_be(tmp_path):

@@ -133,6 +133,7 @@ def test_damaged_shard(slurm_bed, checkpoint, tmp_path, damage, text):
     expected = rf"{re.escape(str(copy / name))}: {text}.*\(rank 1/2 on node2 \(CPU 0: cpu\), in load\)"
     arguments = options(checkpoint, tmp_path, "--model", copy)
     refused(slurm_bed, tmp_path, generate(*arguments), expected)
+    assert not list(tmp_path.glob("out.*"))  # nothing that looks like results
 
 
 def test_port_in_use(slurm_bed, checkpoint, tmp_path):
@@ -162,8 +163,9 @@ def test_full_disk(slurm_bed, checkpoint, tmp_path):
     try:
         text = r"\S+out.jsonl: No space left on device; all \d+ bytes before this result are whole.*\(rank 0/2 on node1"
         refused(slurm_bed, tmp_path, generate(*arguments), text, before)
-        slurm_bed.srun(["cp", out / "out.jsonl", tmp_path / "kept.jsonl"], options=["-w", "node1"])
-        kept = (tmp_path / "kept.jsonl").read_text()
+        slurm_bed.srun(["cp", "-r", out, tmp_path / "kept"], options=["-w", "node1"])
+        assert not list((tmp_path / "kept").glob("*.partial"))
+        kept = (tmp_path / "kept" / "out.jsonl").read_text()
         assert kept.endswith("\n")
         assert all(json.loads(line)["finish_reason"] == "length" for line in kept.splitlines())
     finally:

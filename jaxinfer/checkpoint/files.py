@@ -1,7 +1,12 @@
 """Writing so that a crash leaves either the whole file or none of it."""
 
 import os
+import re
 from pathlib import Path
+from typing import IO
+
+OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
+MOST_LINKS = 40  # that Linux follows
 
 
 class CheckpointError(ValueError):
@@ -17,12 +22,43 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def is_stream(path: Path) -> bool:
+    """Whether what is written to `path` cannot be renamed into its place or read again: a pipe, a device, or what this
+    process was given open (/dev/stdout, /dev/fd/3)."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return True
+    for _ in range(MOST_LINKS):
+        if OPEN_FILES.fullmatch(os.path.realpath(path.parent)):
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / os.readlink(path)
+    return False
+
+
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a small file aside and renames it to its name."""
+    """Writes a small file, in a folder that is made where it is missing: aside, then renamed to its name. A stream
+    takes the bytes as they come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_stream(path):
+        with open(path, "ab", buffering=0) as stream:
+            write_all(stream, data)
+        return
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """To a file without a buffer, which may take a part at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]

@@ -46,12 +46,20 @@ PACKAGES = ("jax", "jaxlib")
 Work = Callable[[Pulse, str], int]  # the pulse, and the address for jax.distributed
 
 
-def supervise(launch: Launch, limits: Limits, program: str, facts: dict[str, str], work: Work) -> None:
+def supervise(
+    launch: Launch,
+    limits: Limits,
+    program: str,
+    facts: dict[str, str],
+    work: Work,
+    take_back: Callable[[], object] = lambda: None,
+) -> None:
     """Runs `work` in a child of this process and exits with the status of the whole run. Does not return.
 
     All ranks start together or not at all, and end together: the first that dies, fails or is stuck ends them, and
-    process 0 says which it was. `facts` must be the same on all ranks, as the versions of Python and JAX must. Call it
-    before anything starts threads.
+    process 0 says which it was. `facts` must be the same on all ranks, as the versions of Python and JAX must. After an
+    error of the user's (status 2) process 0 calls `take_back`, when its worker has ended. Call this before anything
+    starts threads.
     """
     pulse = Pulse(launch.process_id == 0, limits.grace)
     name = launch.name
@@ -83,7 +91,10 @@ def supervise(launch: Launch, limits: Limits, program: str, facts: dict[str, str
 
     async def watch() -> None:
         # inside the loop: while that closes, a signal finds no handler, the one of the worker's end for instance
-        end(await Monitor(launch, limits, program, facts, pulse, pid, begin).run(listening))
+        status = await Monitor(launch, limits, program, facts, pulse, pid, begin).run(listening)
+        if status == 2 and launch.process_id == 0:
+            take_back()
+        end(status)
 
     asyncio.run(watch())
 
@@ -143,6 +154,8 @@ class Monitor:
         self._kill()
         if left:
             await asyncio.to_thread(cancel_step, self._launch)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._worker_ends(), FAREWELL_SECONDS)
 
     async def _follow(self) -> int:
         """Talks to the hub, from hello to the end."""
@@ -276,6 +289,10 @@ class Monitor:
             self._signal_worker(STACKS_SIGNAL)
             self._signal_worker(signal.SIGCONT)  # one that is stopped prints them when it goes on
             await asyncio.sleep(STACKS_SECONDS)
+
+    async def _worker_ends(self) -> None:
+        while self._ended is None:
+            await asyncio.sleep(0.01)
 
     def _kill(self) -> None:
         self._signal_worker(signal.SIGKILL)

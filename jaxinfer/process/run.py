@@ -66,8 +66,15 @@ def refuse(program: str, text: str) -> NoReturn:
     sys.exit(2)
 
 
-def start(program: str, args: argparse.Namespace, launch: Launch | None, work: Work) -> NoReturn:
+def start(
+    program: str,
+    args: argparse.Namespace,
+    launch: Launch | None,
+    work: Work,
+    take_back: Callable[[], object] = lambda: None,
+) -> NoReturn:
     """Runs `work` and ends the program: with the status that it returns, 2 after a UserError, 1 after anything else.
+    After status 2 the first process calls `take_back`, when nothing of the run works any more.
 
     A process with peers does it under a monitor (`supervise`), and its status is that of the whole run. Alone, it takes
     an interrupt from the keyboard (status 130); what `work` raises KeyboardInterrupt with is said as well.
@@ -75,7 +82,10 @@ def start(program: str, args: argparse.Namespace, launch: Launch | None, work: W
     if warning := missed_srun(os.environ, launch):
         print(f"{program}: WARNING: {warning}", file=sys.stderr)
     if launch is None:
-        sys.exit(_alone(Run(program, args, Alone(args.grace_s)), work))
+        status = _alone(Run(program, args, Alone(args.grace_s)), work)
+        if status == 2:
+            take_back()
+        sys.exit(status)
     facts = {"jaxinfer": __version__}
     supervise(
         launch,
@@ -83,6 +93,7 @@ def start(program: str, args: argparse.Namespace, launch: Launch | None, work: W
         program,
         facts,
         lambda pulse, where: _one_of_several(Run(program, args, pulse, launch, where), work),
+        take_back,
     )
 
 
