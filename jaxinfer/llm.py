@@ -1,8 +1,9 @@
 """The Python interface: a checkpoint on a mesh, from prompts to text."""
 
 import warnings
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -67,7 +68,8 @@ class LLM:
     A prompt is a text, a list of token ids, or a dict with the fields of an input line: ``prompt``,
     ``prompt_token_ids`` or ``messages``, and any sampling field. Requests without a seed draw by their id, which is
     their place unless a dict gives one: the same call gives the same text. Under several processes each makes the same
-    calls and gets the same results.
+    calls and gets the same results. A call that Ctrl-C or an error ends leaves nothing behind: the next one works, in
+    one process; several no longer agree then.
 
     Args:
       checkpoint: the folder that ``python -m convert`` wrote; or, for ``load_format="dummy"``, the manifest alone of a
@@ -122,7 +124,7 @@ class LLM:
         self.engine = Engine(checkpoint, config, loading, beat)
         if wait:
             self.engine.wait_loaded()
-        self._open: dict[str, Request] = {}
+        self._running: weakref.ref[Generator] | None = None  # who runs, or was interrupted; None: nobody
 
     def add(self, record: InputRecord) -> Request:
         """Takes a request in, to run with the next `updates`.
@@ -130,18 +132,14 @@ class LLM:
         Raises:
           ValueError: one that can never run: its prompt, a token id or a sampling parameter is not legal.
         """
+        self._sweep()
         request = Request(record.id, token_ids(record, self.engine.tokenizer), record.params)
         self.engine.add(request)
-        self._open[request.id] = request
         return request
 
     def updates(self) -> Iterator[Update]:
         """Runs what was added, and yields new tokens and text as they appear. Closing it drops what is unfinished."""
-        try:
-            while self.engine.has_unfinished():
-                yield from self.engine.step()
-        finally:
-            self.drop()
+        return self._run()
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None = None
@@ -151,8 +149,7 @@ class LLM:
         Raises:
           ValueError: a prompt that can never run, with its place; then none runs.
         """
-        self._add_all(prompts, params)
-        yield from self.updates()
+        return self._run(lambda: self._add_all(_pairs(prompts, params)))
 
     def generate(
         self,
@@ -166,19 +163,22 @@ class LLM:
         Raises:
           ValueError: a prompt that can never run, with its place; then none runs.
         """
-        requests = self._add_all(prompts, params)
+        pairs = _pairs(prompts, params)
+        requests: dict[str, Request] = {}
         samples: dict[str, list[Output]] = defaultdict(list)
-        wanted = {request.id: request.params.n for request in requests}
-        bar = Progress("generate", "prompts", len(requests), shown=progress)
-        for update in self.updates():
-            if update.output is not None:
-                samples[update.request_id].append(update.output)
-            ended = update.output is not None and len(samples[update.request_id]) == wanted[update.request_id]
-            bar.update(int(ended), len(update.token_ids))
-        bar.close()
+        bar = Progress("generate", "prompts", len(pairs), shown=progress)
+        try:
+            for update in self._run(lambda: requests.update(self._add_all(pairs))):
+                found = samples[update.request_id]
+                if update.output is not None:
+                    found.append(update.output)
+                ended = update.output is not None and len(found) == requests[update.request_id].params.n
+                bar.update(int(ended), len(update.token_ids))
+        finally:
+            bar.close()
         return [
-            Completion(request.prompt_token_ids, sorted(samples[request.id], key=lambda output: output.index))
-            for request in requests
+            Completion(request.prompt_token_ids, sorted(samples[name], key=lambda output: output.index))
+            for name, request in requests.items()
         ]
 
     def chat(
@@ -202,32 +202,65 @@ class LLM:
             for completion in self.generate(texts, params)
         ]
 
-    def _add_all(self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None) -> list[Request]:
-        if self._open:
-            raise RuntimeError(
-                f"{len(self._open)} requests of this LLM are unfinished; finish or close their stream first"
-            )
-        if isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], Integral)):
-            prompts = [prompts]
-        each = params if isinstance(params, Sequence) else [params] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(
-                f"params: found {len(each)} for {len(prompts)} prompts; legal: one for all or one for each"
-            )
-        requests = []
-        for place, (prompt, own) in enumerate(zip(prompts, each)):
-            try:
-                requests.append(self.add(_record(prompt, own, place)))
-            except ValueError as error:
-                self.drop()
-                raise ValueError(f"prompt {place}: {error}") from error
-        return requests
-
     def drop(self) -> None:
         """Ends what is unfinished, now."""
-        for name in self._open:
+        for name in self.engine.unfinished():
             self.engine.abort(name)
-        self._open.clear()
+        self._running = None
+
+    def _run(self, add: Callable[[], Any] | None = None) -> Iterator[Update]:
+        """What `add` adds, or was added before, to its end.
+
+        Nothing else may run meanwhile. Whether this does is asked of the generator itself, which an interrupt may
+        leave at any line, its last ones too: then `_sweep` does the rest."""
+
+        def run() -> Generator[Update]:
+            self._sweep()
+            left = self.engine.unfinished()
+            if self._running is not None or (add is not None and left):
+                raise RuntimeError(
+                    f"{len(left)} requests of this LLM are unfinished; finish or close their stream first"
+                )
+            self._running = this
+            try:
+                if add is not None:
+                    add()
+                while self.engine.has_unfinished():
+                    yield from self.engine.step()
+            finally:
+                self.drop()
+
+        generator = run()
+        this = weakref.ref(generator)
+        return generator
+
+    def _sweep(self) -> None:
+        """Drops what an interrupted call left."""
+        if self._running is not None:
+            generator = self._running()
+            if generator is None or generator.gi_frame is None:
+                self.drop()
+
+    def _add_all(self, pairs: list[tuple[Prompt, Params | None]]) -> dict[str, Request]:
+        requests = {}
+        for place, (prompt, own) in enumerate(pairs):
+            try:
+                request = self.add(_record(prompt, own, place))
+            except ValueError as error:
+                raise ValueError(f"prompt {place}: {error}") from error
+            requests[request.id] = request
+        return requests
+
+
+def _pairs(
+    prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None
+) -> list[tuple[Prompt, Params | None]]:
+    if isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], Integral)):
+        prompts = [prompts]
+    each = params if isinstance(params, Sequence) else [params] * len(prompts)
+    if len(each) != len(prompts):
+        raise ValueError(f"params: found {len(each)} for {len(prompts)} prompts; legal: one for all or one for each")
+    return list(zip(prompts, each))
 
 
 def _record(prompt: Prompt, params: Params | None, place: int) -> InputRecord:

@@ -24,7 +24,6 @@ from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.device import check_dtype, device_memory
 from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.fit import fit_or_advise
-from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.memory import explained
 from jaxinfer.engine.programs import Program
 from jaxinfer.engine.request import Request, Stats, Update
@@ -51,6 +50,9 @@ class Engine:
     The weights load in a thread: `wait_loaded` waits for them, or else the first `step`. Until then requests can be
     added, and what they need be compiled.
 
+    An error or an interrupt (Ctrl-C) may leave `add`, `abort` or `step` at any line: that drops all unfinished
+    requests, and what is added then runs as in a new engine. Of several processes all would have to leave alike.
+
     `loading` is told (bytes read so far, bytes in all) while this process's weights load; `beat` where it is: phase,
     step, and whether it is inside JAX, which may wait for other processes.
 
@@ -74,7 +76,7 @@ class Engine:
         self.model: ModelConfig = ModelConfig.from_json(self.manifest.model)
         self.dtype = jnp.dtype(config.dtype or self.manifest.dtype)
         self.max_context = min(config.max_context or self.model.max_context, self.model.max_context)
-        device, rules = jax.local_devices()[0], Rules()
+        device = jax.local_devices()[0]
         check_dtype(self.dtype, device)
         self.mesh = make_mesh(parse_mesh("") | dict(config.mesh))
         sizes, model = mesh_sizes(self.mesh), self.model
@@ -89,15 +91,15 @@ class Engine:
         self._beat, self.steps = beat, 0
         self.decode_sum = "psum"  # over `tensor`: by which way; with the reason where kernels are on and it is psum
         peers = self._connect() if decoder.kernels == "on" and sizes["tensor"] > 1 else None
-        self._unwanted = threading.Event()
-        self._loading: Future | None = ThreadPoolExecutor(1, "load").submit(self._load, decoder, rules, loading)
+        self._loader, self._told = ThreadPoolExecutor(1, "load"), loading
+        self._begin_loading()
         with self.loading_stops_at_error():
             self.tokenizer = None if alone else load_tokenizer(self.folder)
         self._runner = Runner(
             decoder,
             config,
             self.mesh,
-            rules,
+            Rules(),
             self.dtype,
             self.memory.pages,
             self.max_context,
@@ -121,6 +123,7 @@ class Engine:
         self._samples: dict[Sequence, Sample] = {}
         self._open: dict[str, list[Sequence]] = {}
         self._next_uid = 0
+        self._torn = False  # inside `add`, `abort` or `step`, or left there
         self._in_flight: deque[tuple[PrefillTick | DecodeBlock, Result, float]] = deque()
         self._last_read = 0.0
 
@@ -131,6 +134,7 @@ class Engine:
           ValueError: an id in use, an empty prompt or one that fills the context, a token id or a sampling parameter
             outside the vocabulary, or more tokens than the cache can ever hold.
         """
+        self._mend()
         prompt, params, model = tuple(request.prompt_token_ids), request.params, self.model
         vocabulary = model.vocab_size
         if request.id in self._open:
@@ -159,8 +163,13 @@ class Engine:
             own = capped if scored or params.prompt_logprobs is None else capped.merge({"prompt_logprobs": None})
             sequences.append(Sequence(self._next_uid, request.id, index, prompt, own, seed, scored))
             self._next_uid += 1
-        for sequence in sequences:
-            self.scheduler.add(sequence)  # refuses the first if any: all ask for the same pages
+        self._torn = True
+        try:
+            for sequence in sequences:
+                self.scheduler.add(sequence)
+        except ValueError:  # the first if any: all ask for the same pages
+            self._torn = False
+            raise
         if not self._open:
             self._runner.forget_requirements()
             self._prepared = False
@@ -170,19 +179,38 @@ class Engine:
             own = replace(request, params=sequence.params)
             self._samples[sequence] = Sample(own, sequence, self.tokenizer, model.eos_token_ids, now)
         self._open[request.id] = sequences
+        self._torn = False
 
     def abort(self, request_id: str) -> list[Update]:
         """Ends a request now; what it has so far comes back with the finish reason ``abort``."""
+        self._mend()
         now = time.perf_counter()
         updates = []
+        self._torn = True
         for sequence in self._open.pop(request_id, []):
             if sequence in self._samples:
                 self.scheduler.abort(sequence)
                 updates.append(self._samples.pop(sequence).aborted(now))
+        self._torn = False
         return updates
 
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        return not self._torn and self.scheduler.has_unfinished
+
+    def unfinished(self) -> list[str]:
+        """Ids of the requests."""
+        return [] if self._torn else list(self._open)
+
+    def _mend(self) -> None:
+        """Starts over if `add`, `abort` or `step` was left halfway: nothing of what they write can be trusted then, and
+        the state on the devices may have gone with the dispatch that it was given to."""
+        if not self._torn:
+            return
+        self.scheduler = self.scheduler.emptied()
+        self._samples, self._open, self._prepared = {}, {}, False
+        self._in_flight.clear()
+        self._runner.reset()
+        self._torn = False
 
     def put_back(self) -> list[str]:
         """Drops the requests that have not begun, so that those which have can end soon; the ids of the dropped."""
@@ -197,18 +225,20 @@ class Engine:
 
     def prepare(self) -> None:
         """Begins to compile what the requests so far will need."""
-        if not self._prepared and self.has_unfinished():
+        if not self._prepared and self.scheduler.has_unfinished:
             self._runner.compile_ahead(self.scheduler.ahead())
             self._prepared = True
 
     def wait_loaded(self) -> None:
-        """Waits until the weights are on the devices.
+        """Waits until the weights are on the devices; loads them again if that was interrupted.
 
         Raises:
           CheckpointError: they cannot be read.
           OutOfMemory: a device has less room than planned.
         """
         if self._loading is not None:
+            if self._unwanted.is_set():
+                self._begin_loading()
             with self.loading_stops_at_error(), self._explained("load"):
                 self._runner.begin(self._loading.result())
             self._loading = None
@@ -234,6 +264,13 @@ class Engine:
         Raises:
           OutOfMemory: a device has less room than planned.
         """
+        self._mend()
+        self._torn = True
+        updates = self._step()
+        self._torn = False
+        return updates
+
+    def _step(self) -> list[Update]:
         self.prepare()
         self.wait_loaded()
         dispatch = self.scheduler.schedule()
@@ -248,7 +285,7 @@ class Engine:
             self._in_flight.append((dispatch, result, time.perf_counter() - programs.compile_seconds))
             self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
         elif not self._in_flight:
-            if self.has_unfinished():
+            if self.scheduler.has_unfinished:
                 raise RuntimeError("the scheduler has unfinished sequences but nothing to dispatch or to wait for")
             return []
         if len(self._in_flight) < 2 and dispatch is not None:
@@ -341,15 +378,19 @@ class Engine:
         self.decode_sum = "peer" if peers is not None else f"psum: {reason}"
         return peers
 
-    def _load(self, decoder: Decoder, rules: Rules, loading: Callable[[int, int], None]) -> Any:
+    def _begin_loading(self) -> None:
+        self._unwanted = threading.Event()
+        self._loading: Future | None = self._loader.submit(self._load, self._unwanted)
+
+    def _load(self, unwanted: threading.Event) -> Any:
         began = time.perf_counter()
 
         def told(done: int, total: int) -> None:
-            if self._unwanted.is_set():
+            if unwanted.is_set():
                 raise RuntimeError("nobody waits for the weights any more")
-            loading(done, total)
+            self._told(done, total)
 
-        parameters, dtype = decoder.parameters(), np.dtype(self.dtype)
+        parameters, rules, dtype = self.fitted.decoder.parameters(), Rules(), np.dtype(self.dtype)
         if self.config.load_format == "dummy":
             params = random_params(parameters, self.mesh, rules, dtype, self.config.seed, told)
         else:

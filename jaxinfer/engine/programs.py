@@ -119,6 +119,12 @@ class Programs:
             if program not in self._compiled:
                 self._compiled[program] = self._threads.submit(self._compile, program)
 
+    def forget_failed(self) -> None:
+        """Those that could not be compiled are tried again when they are next wanted."""
+        failed = [program for program, future in self._compiled.items() if future.done() and future.exception()]
+        for program in failed:
+            del self._compiled[program]
+
     def run(
         self,
         program: Program,

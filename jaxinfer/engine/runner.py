@@ -1,6 +1,7 @@
 """From the scheduler's decisions to device programs: builds their arrays, runs them, starts the copy of results."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,20 @@ class Runner:
     def begin(self, params: Any) -> None:
         """Takes the weights and makes the state."""
         self._params = params if self._peers is None else params | {"peers": self._peers}
+        self._make_state()
+
+    def reset(self) -> None:
+        """Forgets all sequences, and what was dispatched."""
+        self._owners, self._on_device = {}, None
+        self.forget_requirements()
+        self.programs.forget_failed()
+        if self._params is not None:
+            self._make_state()
+
+    def _make_state(self) -> None:
+        with suppress(Exception):  # lost with a dispatch, or spoilt by one that failed
+            jax.block_until_ready(self._state)
+        self._state, self._counts = None, False  # the old one gives its memory back first
         self._state = self.programs.new_state()
 
     def compile_ahead(self, ahead: Ahead) -> None:

@@ -139,6 +139,13 @@ class Scheduler:
                 results.append((seq, new))
         return results
 
+    def emptied(self) -> "Scheduler":
+        """A new one, whose counts go on from these: for when this one may have been left halfway."""
+        new = Scheduler(self.config)
+        new.decode_bubble, new.prefill_bubble = self.decode_bubble, self.prefill_bubble
+        new.steady_bubble, new._admission.preemptions = self.steady_bubble, self.preemptions
+        return new
+
     def ahead(self) -> Ahead:
         """What the waiting sequences that get slots at once will need, if nothing else runs and pages suffice."""
         config, prefills = self.config, []
