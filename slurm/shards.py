@@ -58,12 +58,30 @@ def merge(prompts: Path, parts: list[Path], output: Path) -> int:
     return len(lines)
 
 
+def unfinished(prompts: Path, parts: list[Path]) -> list[int]:
+    """The shards of which a result is missing; the results of shard k are in ``parts[k]``, which need not be there.
+
+    Raises:
+      ShardError: a part that has other lines than results.
+    """
+    found = [_read_parts([part] if part.exists() else []) for part in parts]
+    missing = set()
+    for record in read_file(str(prompts), SamplingParams(n=_samples(parts))):
+        shard = (record.line - 1) % len(parts)
+        results = found[shard].get(record.id, {})
+        if None not in results and len(results) < (record.params.n if isinstance(record, InputRecord) else 1):
+            missing.add(shard)
+    return sorted(missing)
+
+
 def _read_parts(parts: Iterable[Path]) -> dict[str, dict[int | None, bytes]]:
     """Lines by id and index; an error record has the index None."""
     found: dict[str, dict[int | None, bytes]] = {}
     where: dict[tuple[str, Any], str] = {}
     for part in parts:
         for number, line in enumerate(part.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break  # what killed the run cut it off; the next run drops it
             place = f"{part}, line {number}"
             try:
                 data = json.loads(line)

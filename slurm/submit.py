@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from slurm.render import FOLDER, render
 
 PROGRAM = "slurm.submit"
 SHOWN_LINES = 20
+SHOWN_TASKS = 3  # of an array, with their logs
 # options of generate that this command gives
 OURS = ("--model", "--preset", "--random-weights", "--prompts", "--prompt", "--output", "--mesh")
 EXAMPLES = """
@@ -194,10 +195,10 @@ def _follow(run: Path, poll_s: float) -> int:
               file=sys.stderr)  # fmt: skip
         return 130
     state = _account(run, job, told["shards"] or 1, state)
-    complete = _merge(run, told, outputs) if told["shards"] else _complete(run, outputs[0], told)
-    _draw(run, [path for path in outputs if path.exists()])
-    if state.name not in ("COMPLETED", "UNKNOWN") or not complete:
-        _show_failure(run, job, state, complete)
+    missing = _merge(run, told, outputs) if told["shards"] else _missing(outputs[0], told["results"])
+    _draw(run, outputs)
+    if state.name not in ("COMPLETED", "UNKNOWN") or missing:
+        _show_failure(run, job, state, missing)
         return 1
     _show_success(run, job, outputs)
     return 0
@@ -227,42 +228,81 @@ def _account(run: Path, job: str, tasks: int, state: jobs.State) -> jobs.State:
     return state if state.ended else jobs.last_state(records)
 
 
-def _merge(run: Path, told: dict[str, Any], parts: list[Path]) -> bool:
+def _merge(run: Path, told: dict[str, Any], parts: list[Path]) -> str:
+    """Merges the shards' results; what is missing, "" if nothing is."""
+    prompts = Path(told["prompts"])
     try:
-        shards.merge(Path(told["prompts"]), [path for path in parts if path.exists()], run / "out.jsonl")
+        missing = shards.unfinished(prompts, parts)
+        if missing:
+            return f"results of shard{'s'[: len(missing) > 1]} {_listed(missing)} are missing"
+        shards.merge(prompts, parts, run / "out.jsonl")
     except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: the results of the shards are in parts/ and not merged: {error}", file=sys.stderr)
-        return False
-    return True
+        return f"the results in parts/ cannot be merged: {error}"
+    return ""
 
 
-def _complete(run: Path, output: Path, told: dict[str, Any]) -> bool:
+def _missing(output: Path, results: int) -> str:
     try:
         with open(output, "rb") as file:
-            return sum(line.endswith(b"\n") for line in file) >= told["results"]
+            if sum(line.endswith(b"\n") for line in file) >= results:
+                return ""
     except OSError:
-        return False
+        pass
+    return "results are missing"
+
+
+def _listed(tasks: Iterable[int]) -> str:
+    tasks = list(tasks)
+    shown = ", ".join(map(str, tasks[:SHOWN_LINES]))
+    return shown + (f" and {len(tasks) - SHOWN_LINES} more" if len(tasks) > SHOWN_LINES else "")
 
 
 def _draw(run: Path, outputs: list[Path]) -> None:
-    from jaxinfer.plot import PlotError, draw
+    """A picture of the outputs that have results; a job that failed may have left some without."""
+    from jaxinfer.plot import PlotError, draw, read_run
 
+    shown, refused = [], []
+    for path in outputs:
+        try:
+            read_run(path, path.name)
+            shown.append(path)
+        except PlotError as error:
+            refused.append(error)
     try:
-        if outputs:
-            draw(outputs, run / "out.png")
+        if not shown:
+            raise refused[0]
+        draw(shown, run / "out.png")
     except PlotError as error:
         print(f"{PROGRAM}: WARNING: no figure: {error}", file=sys.stderr)
+        return
+    if refused:
+        print(f"{PROGRAM}: out.png shows the results of {len(shown)} of {len(outputs)} shards", file=sys.stderr)
 
 
-def _show_failure(run: Path, job: str, state: jobs.State, complete: bool) -> None:
-    logs = sorted((run / "logs").glob("**/rank-0-*.log"), key=lambda path: path.stat().st_mtime)
-    log = logs[-1] if logs and logs[-1].stat().st_size else None
-    for path in (log, *sorted(run.glob("job*.log"))):
-        if path is not None and path.exists() and path.stat().st_size:
+def _show_failure(run: Path, job: str, state: jobs.State, missing: str) -> None:
+    if state.tasks:
+        _show_tasks(run, job, state.failed)
+    else:
+        _show_logs(run / "logs", run / "job.log")
+    what = f"{missing}; the same command continues" if missing else "all results are there"
+    print(f"job {job} ended: {state}; {what}; logs: {run / 'logs'} and {run}/job*.log", file=sys.stderr)
+
+
+def _show_tasks(run: Path, job: str, failed: Mapping[int, jobs.State]) -> None:
+    for task in list(failed)[:SHOWN_TASKS]:
+        print(f"job {job}, task {task} ended: {failed[task]}", file=sys.stderr)
+        _show_logs(run / "logs" / str(task), run / f"job-{task}.log")
+    if more := list(failed)[SHOWN_TASKS:]:
+        print(f"job {job}, tasks {_listed(more)} ended badly too", file=sys.stderr)
+
+
+def _show_logs(folder: Path, job_log: Path) -> None:
+    """The last lines of rank 0's newest log, and of the job's."""
+    ranks = sorted(folder.glob("rank-0-*.log"), key=lambda path: path.stat().st_mtime)
+    for path in (*ranks[-1:], job_log):
+        if path.exists() and path.stat().st_size:
             lines = path.read_text("utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
             print(f"---- last lines of {path}", *lines, sep="\n", file=sys.stderr)
-    what = "all results are there" if complete else "results are missing; the same command continues"
-    print(f"job {job} ended: {state}; {what}; logs: {run / 'logs'} and {run}/job*.log", file=sys.stderr)
 
 
 def _show_success(run: Path, job: str, outputs: list[Path]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from hf_models import make_hf_folder
-from slurm.jobs import last_state
+from slurm.jobs import _number, last_state
 from slurm.presets import Cluster, PresetError, read_cluster
+from slurm.shards import ShardError, unfinished
 from slurm_bed import testbed as start_bed
 from slurm_bed import until
 
@@ -233,7 +234,40 @@ def test_last_state_is_that_of_the_last_attempt():
     requeued = records("20|REQUEUED", "20.0|COMPLETED", "20|REQUEUED", "20|COMPLETED", "20.batch|COMPLETED")
     assert last_state(requeued).name == "COMPLETED"
     assert last_state([*requeued, *records("20|CANCELLED by 0", "20.0|COMPLETED")]).name == "CANCELLED"
-    assert last_state(records("7_0|COMPLETED", "7_1|FAILED", "7_2|COMPLETED")).name == "FAILED"
+    array = last_state(
+        records("7_0|COMPLETED", "7_[3-4,8%2]|CANCELLED by 0", "7_1|FAILED", "7_1.batch|FAILED", "7_2|COMPLETED")
+    )
+    assert str(array) == "FAILED (2 COMPLETED, 1 FAILED, 3 CANCELLED)"
+    assert {task: state.name for task, state in array.failed.items()} == {
+        1: "FAILED", 3: "CANCELLED", 4: "CANCELLED", 8: "CANCELLED"
+    }  # fmt: skip
+
+
+def test_unfinished_shards(tmp_path):
+    prompts = tmp_path / "in.jsonl"
+    ids = "abcdefgh"
+    lines = [f'{{"id": "{name}", "prompt_token_ids": [3], "n": 2}}\n' for name in ids]
+    prompts.write_text("".join(lines[:5]) + "not a prompt\n" + "".join(lines[6:]))
+    parts = [tmp_path / f"{shard}.jsonl" for shard in range(4)]
+    both = [[f'{{"id": "{name}", "index": {index}}}\n' for index in (0, 1)] for name in ids]
+    parts[0].write_text("".join([*both[0], *both[4]]))
+    parts[1].write_text("".join([*both[1], '{"id": "6", "line": 6, "error": "no JSON"}\n']))
+    parts[2].write_text("".join([*both[2], both[6][0], both[6][1][:9]]))  # killed while it wrote
+    assert unfinished(prompts, parts) == [2, 3]
+    parts[2].write_text("".join([*both[2], *both[6]]))
+    parts[3].write_text("".join([*both[3], '{"id": "h", "line": 8, "error": "too long"}\n']))
+    assert unfinished(prompts, parts) == []
+    parts[0].write_text("surely not\n")
+    with pytest.raises(ShardError, match=r"0\.jsonl, line 1: not a result"):
+        unfinished(prompts, parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("", None), ("0", 0), ("37", 37), ("1200K", 1228800), ("1.50M", 1572864), ("2G", 1 << 31), ("a lot", "a lot")],
+)
+def test_numbers_of_the_accounting(text, number):
+    assert _number(text) == number
 
 
 # ---- whole rounds
@@ -274,7 +308,8 @@ def test_whole_round(bed, submit, tmp_path):
     job = json.loads((tmp_path / "run" / "submit.json").read_text())["job"]
     records = json.loads((tmp_path / "run" / "sacct.json").read_text())
     assert [record["JobID"] for record in records] == [job, f"{job}.batch", f"{job}.0"]
-    assert all(record["State"] == "COMPLETED" and int(record["ElapsedRaw"]) > 0 for record in records)
+    assert all(record["State"] == "COMPLETED" and record["ElapsedRaw"] > 0 for record in records)
+    assert all(isinstance(record["CPUTimeRAW"], int) for record in records) and records[2]["MaxRSS"] > 1 << 20
     assert (tmp_path / "run" / "out.png").read_bytes().startswith(b"\x89PNG")
     # the same command once more: nothing is left to do
     assert "is complete" in submit(tmp_path / "run", "--", "--max-new-tokens", "10")
@@ -307,6 +342,30 @@ def test_failure_shows_the_log(bed, submit, tmp_path):
     said = submit(tmp_path / "run", "--", "--max-new-tokens", "0", status=1)
     assert "max_new_tokens" in said.split("last lines of ")[1] and f"{tmp_path}/run/logs/rank-0-node1.log" in said
     assert "ended: FAILED" in said.splitlines()[-1] and str(tmp_path / "run" / "logs") in said.splitlines()[-1]
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_failed_array_shows_the_shard_that_failed(bed, submit, model, prompts, tmp_path):
+    spoilt, folder = tmp_path / "spoilt.jsonl", tmp_path / "run"
+    spoilt.write_text(prompts.read_text().replace("[4]}", "[4], "))  # line 2, of shard 1
+    arguments = round_of(model, spoilt, folder, *CPU, "--array", "2", "--", "--strict", "--max-new-tokens", "3")
+    done = bed.run(command(*arguments), cwd=ROOT, timeout=90)
+    said, job = done.stderr, json.loads((folder / "submit.json").read_text())["job"]
+    assert done.returncode == 1 and f"job {job}, task 1 ended: FAILED" in said
+    (log,) = (folder / "logs" / "1").glob("rank-0-*.log")
+    assert re.findall(r"---- last lines of (\S+)", said) == [str(log), str(folder / "job-1.log")]
+    assert "error: line 2 (id '2')" in said and "task 0 ended" not in said
+    assert said.splitlines()[-1].startswith(
+        f"job {job} ended: FAILED (1 COMPLETED, 1 FAILED); results of shard 1 are missing; the same command continues; "
+    )
+    assert "out.png shows the results of 1 of 2 shards" in said
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG") and ids(folder / "parts" / "0.jsonl") == [
+        1,
+        3,
+        5,
+        7,
+    ]
 
 
 @pytest.mark.slurm
