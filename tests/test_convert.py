@@ -213,6 +213,8 @@ def test_folders_that_are_no_model_are_refused(tiny, tmp_path):
     refused(tiny, tmp_path, "config.json: damaged, not JSON")
     (tiny / "config.json").write_text(json.dumps(config | {"hidden_act": "what"}))
     refused(tiny, tmp_path, "config.json: hidden_act: 'what'")
+    (tiny / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    refused(tiny, tmp_path, "config.json: model_type: 'mistral' is not that of architectures 'LlamaForCausalLM'")
     (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     refused(tiny, tmp_path, "quantization_config: 'gptq'")
     (tiny / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 7\n")

@@ -222,7 +222,7 @@ OTHER = {"head_dim": 20, "attention_bias": True, "tie_word_embeddings": False, "
 @pytest.mark.parametrize(
     ("architecture", "change"),
     [
-        *((name, change) for name in ARCHITECTURES[3:6] for change in ({}, OTHER, {"hidden_act": "silu"})),
+        *((name, change) for name in tuple(ARCHITECTURES)[3:6] for change in ({}, OTHER, {"hidden_act": "silu"})),
         *(("Qwen3ForCausalLM", change) for change in (SLIDING, TYPES, SLIDING | {"use_sliding_window": False})),
         ("GemmaForCausalLM", {"hidden_act": "gelu"}),
         *(("Gemma2ForCausalLM", change) for change in (SLIDING, TYPES, {"hidden_activation": "gelu"})),

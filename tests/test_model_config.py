@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxinfer.checkpoint.files import CheckpointError
 from jaxinfer.models.config import ConfigError, ModelConfig
-from jaxinfer.models.families import from_hf, leaves
+from jaxinfer.models.families import FAMILIES, from_hf, leaves
 from jaxinfer.ops.rope import angles
 
 BASE = {
@@ -176,8 +177,8 @@ def test_shapes_are_those_of_transformers(tmp_path, family, change):
 def test_windows_are_those_of_transformers(tmp_path, family, change):
     hf = BASE | {"architectures": [NAMES[family]], "model_type": family} | change
     theirs = _read_by_transformers(tmp_path, hf)
-    # mistral's decoder has one window for all layers, whatever layer_types says
-    kinds = theirs.layer_types if family == "qwen2" else ["sliding_attention"] * 3
+    # a mistral with layer_types is read as ministral, whose layers differ in that alone
+    kinds = getattr(theirs, "layer_types", ["sliding_attention"] * 3)
     expected = tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds)
     assert from_hf(hf).windows == expected
 
@@ -196,7 +197,11 @@ def test_no_overrides_per_layer_are_none(empty):
 
 def test_config_survives_json():
     longrope = BASE | {"rope_scaling": {"rope_type": "longrope", **ROPES["longrope"]}}
-    for hf in (BASE, longrope, BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 8}):
+    for hf in (
+        BASE,
+        longrope,
+        BASE | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8},
+    ):
         config = from_hf(hf, {"eos_token_id": [3, 4]})
         assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -221,7 +226,10 @@ def test_a_manifest_of_another_version_is_refused_by_field():
     ("change", "message"),
     [
         ({"architectures": ["BloomForCausalLM"]}, "architectures: 'BloomForCausalLM' .*LlamaForCausalLM"),
-        ({"architectures": None}, r"architectures: '\(none\)'"),
+        ({"architectures": None, "model_type": None}, r"architectures: '\(none\)'"),
+        ({"architectures": None, "model_type": "bloom"}, "model_type: 'bloom' .*llama, mistral"),
+        ({"architectures": None, "model_type": ["llama"]}, "model_type: expected a name .*found \\['llama'\\]"),
+        ({"model_type": 5}, "model_type: expected a name .*found 5"),
         ({"hidden_act": "swiglu"}, "hidden_act: 'swiglu' .*silu"),
         ({"vocab_size": None}, "vocab_size: .* found nothing"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers: .* found '3'"),
@@ -241,7 +249,10 @@ def test_a_manifest_of_another_version_is_refused_by_field():
         ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set per layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0"),
-        ({"architectures": ["MistralForCausalLM"], "num_key_value_heads": ...}, "num_key_value_heads: .* nothing"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": ..., "num_key_value_heads": ...},
+            "num_key_value_heads: .* nothing",
+        ),
         ({"per_layer_config": {"1": {"sliding_window": 8}}}, "per_layer_config: .*'sliding_window': 8.* not supported"),
     ],
 )
@@ -340,6 +351,35 @@ def test_end_tokens_that_are_none_are_refused(value):
     for hf, generation in ((BASE | {"eos_token_id": value}, {}), (BASE, {"eos_token_id": value})):
         with pytest.raises(ConfigError, match=r"eos_token_id: .* found"):
             from_hf(hf, generation)
+
+
+KINDS = {name: kinds for each in FAMILIES for name, kinds in each.ARCHITECTURES.items()}
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_a_model_type_that_contradicts_the_architecture_is_refused(architecture):
+    """transformers goes by model_type; what it would make of the same file is another model."""
+    for kinds in KINDS.values():
+        for model_type in (*kinds, f"my-{kinds[0]}", ""):
+            if model_type in KINDS[architecture]:
+                continue
+            with pytest.raises(
+                ConfigError, match=f"^model_type: '{model_type}' is not that of .* '{architecture}', which"
+            ):
+                from_hf(BASE | {"architectures": [architecture], "model_type": model_type})
+
+
+def test_one_of_model_type_and_architectures_is_enough():
+    for architecture, kinds in KINDS.items():
+        for kind in kinds:
+            assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] == architecture
+            hf = BASE | {"head_dim": 16} | {"architectures": [architecture], "model_type": kind}
+            both = from_hf(hf)
+            assert both.architecture == architecture
+            for absent in ({"architectures": None}, {"architectures": []}, {"model_type": None}):
+                assert from_hf(hf | absent) == both
+            for absent in ("architectures", "model_type"):
+                assert from_hf({name: value for name, value in hf.items() if name != absent}) == both
 
 
 def test_an_architecture_outside_a_list_is_told_to_stand_in_one():

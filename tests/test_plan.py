@@ -238,7 +238,13 @@ def test_options_that_are_wrong(plan, words, message):
 
 
 def test_a_config_that_is_none(plan, tmp_path):
-    for content, message in (("{", "not JSON"), ("[1]", "found list, legal is an object"), ("{}", "architectures")):
+    contradiction = '{"architectures": ["LlamaForCausalLM"], "model_type": "mistral", "sliding_window": 8}'
+    for content, message in (
+        ("{", "not JSON"),
+        ("[1]", "found list, legal is an object"),
+        ("{}", "architectures"),
+        (contradiction, "model_type: 'mistral' is not that of architectures 'LlamaForCausalLM'"),
+    ):
         (tmp_path / "config.json").write_text(content)
         lines, _ = plan("--config", tmp_path / "config.json", "--gpus", "T4", status=2)
         assert len(lines) == 1 and message in lines[0]

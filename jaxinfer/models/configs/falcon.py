@@ -19,7 +19,7 @@ from jaxinfer.models.config import (
 )
 from jaxinfer.models.leaves import Table, attention_leaves, mlp_leaves, norm_leaves
 
-ARCHITECTURES = ("FalconForCausalLM",)
+ARCHITECTURES = {"FalconForCausalLM": ("falcon",)}
 # what transformers takes for a field that the file leaves out: Falcon-7B's numbers
 DEFAULTS = {
     "vocab_size": 65024,

@@ -5,7 +5,7 @@ from typing import Any
 from jaxinfer.models.config import ModelConfig, activation, count, given, head_width, legal, number, special_tokens
 from jaxinfer.models.leaves import Table, attention_leaves, mlp_leaves, norm_leaves
 
-ARCHITECTURES = ("GPT2LMHeadModel",)
+ARCHITECTURES = {"GPT2LMHeadModel": ("gpt2", "gpt-sw3")}
 
 # what transformers takes where a field is left out: the smallest GPT-2
 DEFAULTS = {

@@ -20,15 +20,15 @@ from jaxinfer.models.config import (
 )
 from jaxinfer.models.leaves import Table, attention_leaves, mlp_leaves, norm_leaves
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Phi3ForCausalLM",
-)
+ARCHITECTURES = {
+    "LlamaForCausalLM": ("llama",),
+    "MistralForCausalLM": ("mistral",),
+    "Qwen2ForCausalLM": ("qwen2",),
+    "Qwen3ForCausalLM": ("qwen3",),
+    "GemmaForCausalLM": ("gemma",),
+    "Gemma2ForCausalLM": ("gemma2",),
+    "Phi3ForCausalLM": ("phi3",),
+}
 GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM")
 MAY_HAVE_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", *GEMMA)  # the others ignore the field
 _TANH = "gelu_pytorch_tanh"
@@ -133,9 +133,11 @@ def _kv_heads(hf: dict[str, Any], architecture: str, heads: int) -> int:
 
 
 def _windows(hf: dict[str, Any], architecture: str, layers: int) -> tuple[int | None, ...]:
-    if architecture in ("MistralForCausalLM", "Phi3ForCausalLM"):
+    if architecture == "Phi3ForCausalLM":
         return (optional(hf, "sliding_window"),) * layers
-    if architecture == "Gemma2ForCausalLM":
+    if architecture == "MistralForCausalLM":  # with layer_types, transformers takes it for Ministral, which is the same
+        window, sliding = optional(hf, "sliding_window"), range(layers)
+    elif architecture == "Gemma2ForCausalLM":
         window, sliding = count(hf, "sliding_window"), range(0, layers, 2)
     elif given(hf, "use_sliding_window", False) and architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         window = optional(hf, "sliding_window")

@@ -5,7 +5,7 @@ from typing import Any
 from jaxinfer.models.config import ModelConfig, activation, count, given, head_width, legal, special_tokens
 from jaxinfer.models.leaves import Table, attention_leaves, mlp_leaves, norm_leaves
 
-ARCHITECTURES = ("OPTForCausalLM",)
+ARCHITECTURES = {"OPTForCausalLM": ("opt",)}
 
 # what transformers takes where a field is left out: the smallest OPT
 DEFAULTS = {
