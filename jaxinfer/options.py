@@ -32,7 +32,9 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "several processes", "Inside an srun step nothing of this is needed: Slurm says who is who."
+        "several processes",
+        "Inside an srun step nothing of this is needed: Slurm says who is who. Processes prove themselves to each\n"
+        "other by munge, ~/.config/jaxinfer/secret or the file in JAXINFER_SECRET_FILE (slurm/FAILURES.md).",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="without Slurm: address of process 0")
     group.add_argument("--num-processes", type=int, metavar="N", help="without Slurm: how many")

@@ -45,6 +45,9 @@ if [ -e /dev/nvidiactl ]; then options+=(--nv); fi
 # What must not get in (PYTHONPATH, ...) the image keeps out.
 export JAXINFER_COMPILE_CACHE=$COMPILED
 OUTPUT=$RUN/out.jsonl LOGS=$RUN/logs
+# by which the ranks know each other: the image has neither the home folder nor munge
+export JAXINFER_SECRET_FILE=$RUN/secret
+(umask 077 && head -c 32 /dev/urandom >"$JAXINFER_SECRET_FILE.new" && mv "$JAXINFER_SECRET_FILE.new" "$JAXINFER_SECRET_FILE")
 . slurm/step.sh
 run_step apptainer exec "${options[@]}" "$SIF" python -m jaxinfer.generate \
   --model "$MODEL" --prompts "$PROMPTS" --output "$OUTPUT" --mesh "$MESH" "$@"

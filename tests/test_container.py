@@ -211,12 +211,15 @@ def test_srun_on_two_nodes_gives_the_tokens_of_a_plain_run(slurm_bed, image, mod
     COMPILED.mkdir(parents=True, exist_ok=True)
     binds = f"{model},{PROMPTS.parent},{tmp_path},{COMPILED}"
     inside = ["apptainer", "exec", "--no-home", "--no-mount", "tmp", "--bind", binds, "--pwd", "/", image]
+    secret = tmp_path / "secret"  # neither munge nor a home folder in there
+    secret.write_bytes(os.urandom(32))
+    secret.chmod(0o600)
     generate = ["python", "-m", "jaxinfer.generate", "--model", model, "--prompts", PROMPTS, "--output", output]
     done = slurm_bed.srun(
         [*inside, *generate, *GREEDY],
         nodes=2,
         options=("--kill-on-bad-exit=1", "--cpus-per-task=2"),
-        env={**AS_ROOT, **KEEP},
+        env={**AS_ROOT, **KEEP, "JAXINFER_SECRET_FILE": str(secret)},
         cwd="/",
     )
     assert done.returncode == 0, done.stderr

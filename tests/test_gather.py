@@ -1,6 +1,9 @@
 """How the doctor's ranks meet: who comes, who is refused, who goes, and a port that another program has."""
 
+import contextlib
+import json
 import socket
+import struct
 import threading
 import time
 
@@ -59,7 +62,31 @@ def test_strangers_are_refused_and_absent_ranks_named():
     meeting, values, _ = outcome[0]
     assert values == [{"from": 0}, {"from": 1}, None] and meeting.missing == {2: "did not come in 3 s"}
     assert "refused by rank 0" in other[2] and "it belongs to run 8.0.0, this is 7.0.0" in other[2]
-    assert len(meeting.refused) == 2 and any("does not speak as one" in text for text in meeting.refused)
+    assert len(meeting.refused) == 2 and any("does not know its secret" in text for text in meeting.refused)
+
+
+def test_a_stranger_takes_no_rank_and_hears_nothing():
+    host, first = launches(2)
+    outcome: dict = {}
+    thread = attend(host, 10, outcome)
+    hello = json.dumps({"run": host.run, "process": 1, "of": 2, "host": "nowhere"}).encode()
+    time.sleep(0.3)
+    for text in (struct.pack("!I", len(hello)) + hello, struct.pack("!I", 64) + b"0" * 64 + b"\0\0\0\x22" + b"0" * 34):
+        with socket.create_connection((host.host, host.port), 10) as stranger:
+            stranger.sendall(text)
+            said = b""
+            while part := stranger.recv(4096):
+                said += part
+        # an answer is random, but for the signature
+        assert host.run.encode() not in said and b"refused" not in said
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(socket.create_connection((host.host, host.port), 10)) for _ in range(80)]
+        attend(first, 10, outcome).join()
+        assert crowd[0].recv(1) == b""
+    thread.join()
+    meeting, values, _ = outcome[0]
+    assert values == [{"from": 0}, {"from": 1}] and not meeting.missing
+    assert meeting.refused == ["127.0.0.1: no process of this run: it does not know its secret"]
 
 
 def test_another_program_on_the_port():
@@ -76,7 +103,7 @@ def test_another_program_on_the_port():
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(ClusterError, match=f"another program answers at {host.host}:{host.port}"):
-            meet(first, 5)
+            meet(first, 0)
         thread.join()
     with pytest.raises(ClusterError, match=r"rank 0 at .* not reached in 1 s: .*refused"):
         meet(first, 1)

@@ -1,16 +1,19 @@
 """The processes of a run meet at process 0 over plain TCP, without JAX: for programs that ask whether JAX can start.
 
-Who does not know the run is refused, and every wait has a bound.
+Who does not know the run's secret is told nothing and changes nothing, and every wait has a bound.
 """
 
+import contextlib
+import os
 import socket
 import sys
 import threading
 import time
 from typing import Any
 
-from jaxinfer.cluster.frames import receive, send
+from jaxinfer.cluster.frames import Link, admit, introduce
 from jaxinfer.cluster.launch import Launch
+from jaxinfer.cluster.secret import Secret, SecretError, make_secret
 from jaxinfer.cluster.slurm import ClusterError
 
 HELLO_SECONDS = 5.0  # for a stranger that says nothing
@@ -19,6 +22,8 @@ QUIET_SECONDS = 5.0  # that process 0 waits before it says for whom
 POLL_SECONDS = 0.1
 PINGS = 8
 LONGEST_HELLO, LONGEST = 1 << 12, 1 << 26
+STRANGERS = 64  # connections that have not shown who they are, beside those of processes; one more ends the oldest
+REFUSED = 20  # that are told of
 
 
 class Meeting:
@@ -35,7 +40,7 @@ class Meeting:
         self.missing: dict[int, str] = {}
         self.refused: list[str] = []
         self.clock_s = self.round_trip_s = 0.0
-        self._peers: dict[int, socket.socket] = {}
+        self._peers: dict[int, Link] = {}
 
     def gather(self, value: Any, timeout_s: float) -> list[Any] | None:
         """On process 0 the value of each process, None for one that did not send it in time; on the others None.
@@ -50,7 +55,7 @@ class Meeting:
         values = [value] + [None] * (self.launch.num_processes - 1)
         for process in sorted(self._peers):
             try:
-                values[process] = receive(self._peers[process], deadline, LONGEST)
+                values[process] = self._peers[process].receive(deadline, LONGEST)
             except TimeoutError:
                 self._drop(process, f"sent nothing in {timeout_s:.0f} s: stuck")
             except (OSError, ValueError) as error:
@@ -66,15 +71,19 @@ class Meeting:
         deadline = time.monotonic() + timeout_s
         if self.launch.process_id:
             try:
-                return receive(self._peers[0], deadline, LONGEST)
+                return self._peers[0].receive(deadline, LONGEST)
             except (OSError, ValueError) as error:
                 raise ClusterError(self._host_gone(error, timeout_s)) from None
         for process in sorted(self._peers):
             try:
-                send(self._peers[process], value, deadline)
+                self._peers[process].send(value, deadline)
             except OSError as error:
                 self._drop(process, f"ended too early ({error})")
         return value
+
+    def refuse(self, who: str) -> None:
+        if who not in self.refused and len(self.refused) < REFUSED:
+            self.refused.append(who)
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -83,7 +92,7 @@ class Meeting:
 
     def _to_host(self, value: Any, timeout_s: float) -> None:
         try:
-            send(self._peers[0], value, time.monotonic() + timeout_s)
+            self._peers[0].send(value, time.monotonic() + timeout_s)
         except OSError as error:
             raise ClusterError(self._host_gone(error, timeout_s)) from None
 
@@ -101,6 +110,7 @@ def meet(launch: Launch, timeout_s: float) -> Meeting:
 
     Raises:
       ClusterError: the port is taken (process 0), or process 0 was not reached or refused this process (the others).
+      SecretError: there is no secret (process 0).
     """
     meeting = Meeting(launch)
     if launch.num_processes == 1:
@@ -124,6 +134,7 @@ def listen(port: int) -> socket.socket:
 
 def _receive_peers(meeting: Meeting, timeout_s: float) -> None:
     launch, deadline = meeting.launch, time.monotonic() + timeout_s
+    door = Door(meeting, make_secret(os.environ, launch.step is not None))
     try:
         server = listen(launch.port)
     except OSError as error:
@@ -131,7 +142,7 @@ def _receive_peers(meeting: Meeting, timeout_s: float) -> None:
             f"{launch.name}: port {launch.port} cannot be used: {error.strerror}; another program has it: end it, or "
             "choose another port"
         ) from None
-    lock, said = threading.Lock(), False
+    said = False
     server.settimeout(POLL_SECONDS)
     with server:
         while len(meeting._peers) < launch.num_processes - 1 and time.monotonic() < deadline:
@@ -143,36 +154,56 @@ def _receive_peers(meeting: Meeting, timeout_s: float) -> None:
                 connection, address = server.accept()
             except TimeoutError:
                 continue
-            threading.Thread(target=_admit, args=(meeting, lock, connection, address[0]), daemon=True).start()
-    with lock:
+            door.let_in(connection, address[0].removeprefix("::ffff:"))
+    with door.lock:
         for process in range(1, launch.num_processes):
             if process not in meeting._peers:
                 meeting.missing[process] = f"did not come in {timeout_s:.0f} s"
 
 
-def _admit(meeting: Meeting, lock: threading.Lock, peer: socket.socket, address: str) -> None:
-    launch, name = meeting.launch, address.removeprefix("::ffff:")
-    try:
-        deadline = time.monotonic() + HELLO_SECONDS
-        hello = receive(peer, deadline, LONGEST_HELLO)
-        name = f"rank {hello['process']} on {hello['host']} ({name})"
-        reason = _objection(launch, hello)
-        send(peer, {"refused": reason}, deadline)
-        if not reason:
-            for _ in range(PINGS):
-                receive(peer, deadline, LONGEST_HELLO)
-                send(peer, time.time(), deadline)
-            receive(peer, deadline, LONGEST_HELLO)
-    except (OSError, ValueError, KeyError, TypeError):
-        reason = "no process of this run: it does not speak as one"
-    with lock:
-        if not reason and (hello["process"] in meeting._peers or hello["process"] in meeting.missing):
-            reason = "its place is taken, or it came too late"
-        if reason:
-            meeting.refused.append(f"{name}: {reason}")
-            peer.close()
-        else:
-            meeting._peers[hello["process"]] = peer
+class Door:
+    """Of process 0: lets those in who belong to the run, each connection in a thread of its own."""
+
+    def __init__(self, meeting: Meeting, secret: Secret) -> None:
+        self.lock = threading.Lock()
+        self._meeting, self._secret = meeting, secret
+        self._unknown: list[socket.socket] = []  # the oldest first
+
+    def let_in(self, peer: socket.socket, address: str) -> None:
+        with self.lock:
+            if len(self._unknown) >= STRANGERS + self._meeting.launch.num_processes:
+                with contextlib.suppress(OSError):  # it may have gone
+                    self._unknown.pop(0).shutdown(socket.SHUT_RDWR)
+            self._unknown.append(peer)
+        threading.Thread(target=self._admit, args=(peer, address), daemon=True).start()
+
+    def _admit(self, peer: socket.socket, address: str) -> None:
+        launch, meeting, name = self._meeting.launch, self._meeting, address
+        link, process = None, 0
+        try:
+            deadline = time.monotonic() + HELLO_SECONDS
+            link = admit(peer, self._secret, deadline)
+            hello = link.receive(deadline, LONGEST_HELLO)
+            name, process = f"rank {hello['process']} on {hello['host']} ({address})", hello["process"]
+            reason = _objection(launch, hello)
+            link.send({"refused": reason}, deadline)
+            if not reason:
+                for _ in range(PINGS):
+                    link.receive(deadline, LONGEST_HELLO)
+                    link.send(time.time(), deadline)
+                link.receive(deadline, LONGEST_HELLO)
+        except (OSError, ValueError, KeyError, TypeError):
+            reason = "no process of this run: it does not know its secret"
+        with self.lock:
+            if peer in self._unknown:
+                self._unknown.remove(peer)
+            if not reason and (process in meeting._peers or process in meeting.missing):
+                reason = "its place is taken, or it came too late"
+            if link is None or reason:
+                meeting.refuse(f"{name}: {reason}")
+                peer.close()
+            else:
+                meeting._peers[process] = link
 
 
 def _objection(launch: Launch, hello: dict[str, Any]) -> str:
@@ -188,34 +219,11 @@ def _objection(launch: Launch, hello: dict[str, Any]) -> str:
 def _reach_host(meeting: Meeting, timeout_s: float) -> None:
     launch, began = meeting.launch, time.monotonic()
     where = f"{launch.host}:{launch.port}"
-    hello = {
-        "run": launch.run,
-        "process": launch.process_id,
-        "of": launch.num_processes,
-        "host": socket.gethostname(),
-    }
     while True:
         try:
-            peer = socket.create_connection((launch.host, launch.port), HELLO_SECONDS)
-            try:
-                deadline = time.monotonic() + HELLO_SECONDS
-                send(peer, hello, deadline)
-                reason = receive(peer, deadline, LONGEST_HELLO)["refused"]
-                if not reason:
-                    meeting.clock_s, meeting.round_trip_s = _compare_clocks(peer, deadline)
-                    send(peer, "ready", deadline)
-                    meeting._peers[0] = peer
-                    return
-            finally:
-                if 0 not in meeting._peers:
-                    peer.close()
-            raise ClusterError(f"{launch.name}: refused by rank 0 at {where}: {reason}")
-        except (ValueError, KeyError, TypeError):
-            raise ClusterError(
-                f"{launch.name}: another program answers at {where}; choose another port, or see whether {launch.host} "
-                "means another machine here"
-            ) from None
-        except OSError as error:
+            meeting.clock_s, meeting.round_trip_s, meeting._peers[0] = _say_hello(launch, launch.port)
+            return
+        except (OSError, SecretError) as error:
             if time.monotonic() - began > timeout_s:
                 found = ", ".join(addresses(launch.host)) or "no known name"
                 raise ClusterError(
@@ -225,12 +233,40 @@ def _reach_host(meeting: Meeting, timeout_s: float) -> None:
             time.sleep(RETRY_SECONDS)
 
 
-def _compare_clocks(peer: socket.socket, deadline: float) -> tuple[float, float]:
+def _say_hello(launch: Launch, port: int) -> tuple[float, float, Link]:
+    """How far this clock is ahead and how exactly that is known, in seconds, and process 0.
+
+    Raises:
+      OSError: nothing answers there, or something else.
+      SecretError: this process has no secret.
+      ClusterError: process 0 refuses this process.
+    """
+    me = {"process": launch.process_id, "of": launch.num_processes, "host": socket.gethostname()}
+    deadline = time.monotonic() + HELLO_SECONDS
+    peer = socket.create_connection((launch.host, port), HELLO_SECONDS)
+    try:
+        host = introduce(peer, deadline)
+        host.send({"run": launch.run, **me}, deadline)
+        reason = host.receive(deadline, LONGEST_HELLO)["refused"]
+        if reason:
+            raise ClusterError(f"{launch.name}: refused by rank 0 at {launch.host}:{port}: {reason}")
+        clock = _compare_clocks(host, deadline)
+        host.send("ready", deadline)
+        return *clock, host
+    except (ValueError, KeyError, TypeError) as error:
+        peer.close()
+        raise ConnectionError(f"another program answers at {launch.host}:{port}: {error}") from None
+    except BaseException:
+        peer.close()
+        raise
+
+
+def _compare_clocks(host: Link, deadline: float) -> tuple[float, float]:
     best = (0.0, float("inf"))
     for _ in range(PINGS):
         sent, began = time.time(), time.perf_counter()
-        send(peer, "time", deadline)
-        theirs = receive(peer, deadline, LONGEST_HELLO)
+        host.send("time", deadline)
+        theirs = host.receive(deadline, LONGEST_HELLO)
         trip = time.perf_counter() - began
         # the shortest trip is the one that was held up least
         if trip < best[1]:

@@ -1,4 +1,7 @@
-"""Where the monitors of all ranks meet: beside the monitor of process 0. Lets them start together, watches, judges."""
+"""Where the monitors of all ranks meet: beside the monitor of process 0. Lets them start together, watches, judges.
+
+Whoever else connects is told nothing and changes nothing.
+"""
 
 import asyncio
 import contextlib
@@ -12,14 +15,17 @@ import attrs
 
 from jaxinfer.cluster.launch import Launch
 from jaxinfer.cluster.pulse import DRAIN, PAUSE_SECONDS, Limits, Pulse
+from jaxinfer.cluster.secret import VARIABLE, Secret
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.verdict import Rank, Verdict, judge
-from jaxinfer.cluster.wire import LONGEST, Peer
+from jaxinfer.cluster.wire import LONGEST, Peer, admit, pair
 
 TICK_SECONDS = 0.1
 PING_SECONDS = 1.0
 HARD_SECONDS = 5.0  # beyond the grace, for a worker that does not come to its next step
 BIND_SECONDS = 5.0  # for the port of an earlier start that is just ending
+HELLO_SECONDS = 10.0  # for a connection to show that it is of this run
+STRANGERS = 64  # connections that have not, beside those of ranks that are yet to come; one more ends the oldest
 STEPPING = ("prefill", "decode", "compile", "end")
 
 
@@ -52,10 +58,10 @@ class Hub:
         self._refused_ranks: set[int] = set()
         self._pinged = 0.0
         self._wake = asyncio.Event()
+        self._unknown: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self._turned_away, self._stranger = 0, ""  # how many, and the last one's address
 
-    async def run(self, listening: socket.socket, coordinator: str) -> Verdict:
-        # it closes with the process: to wait for that here would be to wait for everybody's connection (Python 3.12)
-        self._server = await asyncio.start_server(self._serve, sock=listening, limit=LONGEST)
+    async def run(self, coordinator: str) -> Verdict:
         while True:
             before = time.monotonic()
             with contextlib.suppress(TimeoutError):
@@ -66,6 +72,23 @@ class Hub:
             verdict = self._refused or (self._watch() if self._started else self._gather(coordinator))
             if verdict:
                 return verdict
+
+    async def listen(self, listening: socket.socket, secret: Secret) -> None:
+        """Takes the connections of other processes."""
+        self._secret = secret
+        # it closes with the process: to wait for that here would be to wait for everybody's connection (Python 3.12)
+        self._server = await asyncio.start_server(self._serve, sock=listening, limit=LONGEST)
+
+    async def own(self) -> Peer:
+        """For the rank beside this hub: needs no port and no secret."""
+        here, there = await pair()
+        self._own = asyncio.create_task(self._attend(here))
+        return there
+
+    async def _attend(self, peer: Peer) -> None:
+        hello = await peer.receive()
+        if hello:
+            await self.talk(peer, hello)
 
     async def end(self, verdict: Verdict, seconds: float) -> list[int]:
         """Tells everybody; returns the other ranks that have not gone after so long, or never came."""
@@ -111,7 +134,15 @@ class Hub:
             tuple(missing),
             f"{len(self._members)} of {count} ranks are there after {waited:.0f} s; missing: {text} (bound "
             f"{self._limits.start:g} s, --start-s; did it start? does {self._launch.host} resolve there, and is port "
-            f"{self._launch.port} open?)",
+            f"{self._launch.port} open?{self._unproven()})",
+        )
+
+    def _unproven(self) -> str:
+        if not self._turned_away:
+            return ""
+        return (
+            f"; {self._turned_away} connections, the last from {self._stranger}, did not prove that they are of this "
+            f"run: have all ranks the same secret? see {VARIABLE} in slurm/FAILURES.md"
         )
 
     def _watch(self) -> Verdict | None:
@@ -152,11 +183,35 @@ class Hub:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # at the end of this program; Python 3.11 would print it
-            await self._talk(Peer(reader, writer))
+            found = await self._prove(reader, writer)
+            if found:
+                await self.talk(*found)
 
-    async def _talk(self, peer: Peer) -> None:
-        hello = await peer.receive()
-        if hello is None or hello["kind"] != "hello" or hello.get("run") != self._launch.run:
+    async def _prove(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> tuple[Peer, dict[str, Any]] | None:
+        """The other end and its first message, if it is a process of this user."""
+        coming = self._launch.num_processes - len(self._members)
+        if len(self._unknown) >= STRANGERS + coming:
+            next(iter(self._unknown)).transport.abort()
+        self._unknown[writer] = None
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                peer = await admit(reader, writer, self._secret)
+                if hello := await peer.receive():
+                    return peer, hello
+        except (OSError, ValueError, EOFError):  # a TimeoutError is an OSError
+            pass
+        finally:
+            del self._unknown[writer]
+        self._turned_away += 1
+        self._stranger = (writer.get_extra_info("peername") or ("",))[0].removeprefix("::ffff:")
+        writer.transport.abort()
+        return None
+
+    async def talk(self, peer: Peer, hello: dict[str, Any]) -> None:
+        """Serves one that is of this user, to its end."""
+        if hello["kind"] != "hello" or hello.get("run") != self._launch.run:
             peer.send("refuse", text=f"this is run {self._launch.run}")
             return await peer.close()
         place, count = hello["process_id"], self._launch.num_processes

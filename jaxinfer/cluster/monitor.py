@@ -19,9 +19,10 @@ from collections.abc import Callable
 from jaxinfer.cluster import hub as hubs
 from jaxinfer.cluster.launch import Launch
 from jaxinfer.cluster.pulse import PAUSE_SECONDS, STOP_SIGNALS, Limits, Pulse
+from jaxinfer.cluster.secret import Secret, make_secret
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.verdict import Verdict
-from jaxinfer.cluster.wire import LONGEST, Peer
+from jaxinfer.cluster.wire import Peer, reach
 from jaxinfer.cluster.worker import (
     FOLLOWS,
     STACKS_SIGNAL,
@@ -62,11 +63,11 @@ def supervise(
     starts threads.
     """
     pulse = Pulse(launch.process_id == 0, limits.grace)
-    name = launch.name
-    listening = None
+    door = None
     try:
-        if launch.process_id == 0:
-            listening = hubs.listen(launch.port, name)
+        if launch.process_id == 0 and launch.num_processes > 1:
+            secret = make_secret(os.environ, launch.step is not None)
+            door = (hubs.listen(launch.port, launch.name), secret)
     except ClusterError as error:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -80,8 +81,8 @@ def supervise(
     if pid == 0:
         become_worker(monitor)
         os.close(begin)
-        if listening:
-            listening.close()
+        if door:
+            door[0].close()
         with os.fdopen(start) as pipe:
             coordinator = pipe.readline().strip()
         if not coordinator:
@@ -91,7 +92,7 @@ def supervise(
 
     async def watch() -> None:
         # inside the loop: while that closes, a signal finds no handler, the one of the worker's end for instance
-        status = await Monitor(launch, limits, program, facts, pulse, pid, begin).run(listening)
+        status = await Monitor(launch, limits, program, facts, pulse, pid, begin).run(door)
         if status == 2 and launch.process_id == 0:
             take_back()
         end(status)
@@ -123,19 +124,22 @@ class Monitor:
         self._peer: Peer | None = None
         self._hub: hubs.Hub | None = None
 
-    async def run(self, listening: socket.socket | None) -> int:
+    async def run(self, door: tuple[socket.socket, Secret] | None) -> int:
+        """`door`: where process 0 of several awaits the others, and the secret that they have to know."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (*STOP_SIGNALS, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         self._reap()
-        if listening is None:
+        if self._launch.process_id:
             return await self._follow()
         hub = self._hub = hubs.Hub(self._launch, self._limits, self._pulse, self._facts)
+        if door:
+            await hub.listen(*door)
         following = asyncio.create_task(self._follow())
         kept = hubs.reserve_port()
         host = f"[{self._launch.host}]" if ":" in self._launch.host else self._launch.host
-        verdict = await hub.run(listening, f"{host}:{kept.getsockname()[1]}")
+        verdict = await hub.run(f"{host}:{kept.getsockname()[1]}")
         await self._conclude(hub, verdict)
         following.cancel()
         return verdict.status
@@ -210,24 +214,11 @@ class Monitor:
         launch, began, said, error = self._launch, time.monotonic(), False, ""
         while self._ended is None and not self._signal:
             try:
-                host = "127.0.0.1" if launch.process_id == 0 else launch.host
-                peer = Peer(
-                    *await asyncio.wait_for(asyncio.open_connection(host, launch.port, limit=LONGEST), ANSWER_SECONDS)
-                )
-                peer.send(
-                    "hello",
-                    run=launch.run,
-                    process_id=launch.process_id,
-                    count=launch.num_processes,
-                    host=socket.gethostname(),
-                    facts=self._facts,
-                )
-                answer = await asyncio.wait_for(peer.receive(), ANSWER_SECONDS)
-                if answer and answer["kind"] == "here":
+                peer = await (self._hub.own() if self._hub else reach(launch.host, launch.port, ANSWER_SECONDS))
+                error = await self._introduce(peer)
+                if not error:
                     return peer
-                await peer.close()
-                error = answer["text"] if answer and answer["kind"] == "refuse" else "another program listens there"
-            except (OSError, TimeoutError) as found:
+            except (OSError, ClusterError) as found:
                 error = str(found) or type(found).__name__
             waited = time.monotonic() - began
             if waited > self._limits.start:
@@ -242,6 +233,19 @@ class Monitor:
                 said = True
             await asyncio.sleep(RETRY_SECONDS)
         return None
+
+    async def _introduce(self, peer: Peer) -> str:
+        """Says hello; why it is not heard, else nothing."""
+        launch, facts = self._launch, self._facts
+        me = {"process_id": launch.process_id, "count": launch.num_processes, "host": socket.gethostname()}
+        peer.send("hello", run=launch.run, **me, facts=facts)
+        answer = None
+        with contextlib.suppress(TimeoutError):
+            answer = await asyncio.wait_for(peer.receive(), ANSWER_SECONDS)
+        if answer and answer["kind"] == "here":
+            return ""
+        await peer.close()
+        return answer["text"] if answer and answer["kind"] == "refuse" else "no answer to hello"
 
     async def _report(self, peer: Peer) -> None:
         shared = self._pulse.shared

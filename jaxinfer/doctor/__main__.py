@@ -13,6 +13,7 @@ from jaxinfer import __version__
 from jaxinfer.cluster.fabric import infiniband_ports
 from jaxinfer.cluster.gather import Meeting, listen, meet
 from jaxinfer.cluster.launch import Launch, find_launch
+from jaxinfer.cluster.secret import VARIABLE, SecretError
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.doctor.collective import merge_nccl, run_probe
 from jaxinfer.doctor.compare import compare, missing_ranks, refused_peers
@@ -109,9 +110,11 @@ def examine(args: argparse.Namespace, launch: Launch | None) -> int:
         if where.process_id:
             return _cannot(problem)
         fix = "end the other program, or another --port (without Slurm: another port in --coordinator)"
+        if isinstance(problem, SecretError):
+            fix = f"a secret that all ranks have: {VARIABLE}"
         common.append(error("ranks", str(problem), fix))
         meeting = Meeting(where)
-        meeting.missing = dict.fromkeys(range(1, where.num_processes), "cannot come: rank 0 has no port")
+        meeting.missing = dict.fromkeys(range(1, where.num_processes), "cannot come: rank 0 does not listen")
     report = Report(where.process_id, socket.gethostname(), {"clock_s": meeting.clock_s})
     local_checks(args, launch, where, report)
     try:

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxinfer.cluster.secret import VARIABLE
 from jaxinfer.doctor.finding import Finding, Report, error, ok, warning
 
 CLOCK_WARNING, CLOCK_ERROR = 1.0, 30.0
@@ -30,7 +31,8 @@ def missing_ranks(missing: Mapping[int, str], hosts: Sequence[str], address: str
 
 
 def refused_peers(refused: Sequence[str]) -> list[Finding]:
-    fix = "two runs on one port, or a rank that was started twice: choose another --port or coordinator"
+    fix = "two runs on one port, or a rank that was started twice: choose another --port or coordinator; is it a rank "
+    fix += f"of this run? then its secret is another: set {VARIABLE}"
     return [warning("ranks", f"refused {_listed(refused)}", fix)] if refused else []
 
 
