@@ -207,9 +207,15 @@ class Run:
 
 
 def run(llm: Any, prompts: list[list[int]], new_tokens: int) -> Run:
-    """Greedy, `new_tokens` of each whatever they are."""
+    """Greedy, `new_tokens` of each whatever they are.
+
+    Raises:
+      ValueError: logits that are NaN or infinite.
+    """
     done = llm.generate(prompts, {"max_new_tokens": new_tokens, "ignore_eos": True})
     samples = [each.samples[0] for each in done]
+    if error := next((each.error for each in samples if each.error), None):
+        raise ValueError(error)
     return Run(
         ttft=[each.ttft_s for each in samples],
         tpot=[(each.latency_s - each.ttft_s) / (each.completion_tokens - 1) for each in samples if new_tokens > 1],

@@ -54,6 +54,8 @@ def decode(llm: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[li
         now, place = time.perf_counter(), int(update.request_id)
         had[place] += len(update.token_ids)
         began = began or (now if min(had) > 0 else 0.0)
+        if update.output is not None and update.output.error:
+            raise ValueError(update.output.error)
         ended = ended or update.output is not None
         if began and not ended:
             points[place].append((now, had[place]))

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.checkpoint.files import write_json
 
 GOALS = Path(__file__).with_name("goals.json")
 HIGHER = ("tokens/s", "requests/s", "TFLOP/s", "GB/s")  # units of which more is better; of all others less is
@@ -80,7 +80,7 @@ def write(path: Path, report: Mapping[str, Any], rows: list[Row]) -> None:
     """Writes the report as JSON, aside and renamed; `rows` become its field of that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {**report, "rows": [attrs.asdict(row) | {"of_floor": row.of_floor} for row in rows]}
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    write_json(path, data)
 
 
 def _number(value: float | None) -> str:

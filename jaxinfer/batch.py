@@ -39,7 +39,7 @@ def run_batch(
     profile: Profile | None = None,
 ) -> dict[str, Any]:
     """Runs `requests`, which `llm` has, and returns the figures; only the `first` process shows, and has the
-    `writer`.
+    `writer`. A sample whose logits are NaN or infinite ends with an error record, and the others go on.
 
     After a stop signal it lets nothing new begin, finishes what it can in time and puts the rest back: nothing of a
     request that has not finished stays in the output, so that the same command does it again. `profile` traces some of
@@ -106,6 +106,7 @@ def _steps(llm: LLM, life: Life, take: Callable[[Update], None], profile: Profil
 def _readable(output: Output, request: Request, tokenizer: Any) -> str:
     title = output.id if request.params.n == 1 else f"{output.id} [{output.index}]"
     if tokenizer is None:
-        return f"=== {title}\n{request.prompt_token_ids} {output.token_ids}\n"
-    prompt = tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
-    return f"=== {title}\n{prompt}{output.text}\n"
+        text = f"{request.prompt_token_ids} {output.token_ids}"
+    else:
+        text = tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True) + output.text
+    return f"=== {title}\n{text}\n" + (f"error: {output.error}\n" if output.error else "")

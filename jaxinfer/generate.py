@@ -66,12 +66,15 @@ output lines:
   id, index (0 to n-1), text, token_ids, finish_reason (stop or length), prompt_tokens, completion_tokens, ttft_s,
   latency_s, and logprobs where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command) and
   OUT.metrics.json. A pipe or a device (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
+  Logits that are NaN or infinite end a sample, no other, as {"id": ..., "index": ..., "error": ...};
+  the next run of the same command tries it again, and with another --dtype and --resume-anyway those alone.
 
 signals: SIGTERM and SIGUSR1 let nothing new begin, finish what runs within --grace-s, put the rest back and end with
   status 0; OUT.metrics.json says how many are "unfinished", and the same command does them.
 
-exit status: 0 done (bad lines are counted in a warning) or stopped by a signal, 2 an error that says what to change,
-  1 anything else: a rank died, failed or was stuck, and the last lines of rank 0 say which.
+exit status: 0 done (bad lines and errors are counted in a warning) or stopped by a signal, 2 an error that says what to
+  change (as where all lines are bad, or all samples errors), 1 anything else: a rank died, failed or was stuck, and the
+  last lines of rank 0 say which.
 """
 
 
@@ -304,6 +307,11 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: W
         show(summary, counts)
     if profile is not None:
         _show_profile(run, profile, llm.engine)
+    if failed := summary["failed"]:
+        told = f"{failed:,} of {summary['samples']:,} samples ended with an error; {summary['first_failure']}"
+        if failed == summary["samples"] and not summary["stopped_by"]:
+            raise UserError(told)
+        run.say(f"WARNING: {told}")
     if summary["stopped_by"]:
         left = f"{summary['unfinished']:,} of {len(requests):,} requests are left"
         run.say(f"stopped by {summary['stopped_by']}: {left}; the same command does the rest")

@@ -28,7 +28,10 @@ Params = SamplingParams | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt became: `samples` holds n outputs, and the properties are those of the first."""
+    """What a prompt became: `samples` holds n outputs, and the properties are those of the first.
+
+    `finish_reason` is ``stop``, ``length`` or ``error``: the logits were NaN or infinite, which spares the other
+    prompts. Then `error` says at which token and what to try, and text and tokens are those before it."""
 
     prompt_token_ids: list[int]
     samples: list[Output]
@@ -44,6 +47,10 @@ class Completion:
     @property
     def finish_reason(self) -> str:
         return self.samples[0].finish_reason
+
+    @property
+    def error(self) -> str | None:
+        return self.samples[0].error
 
 
 @dataclass(frozen=True)
@@ -160,9 +167,20 @@ class LLM:
     ) -> list[Completion]:
         """Runs prompts to their end, one completion for each, in their order; `params` for all or one for each.
 
+        A warning says how many samples ended with the finish reason ``error``, if any (see `Completion`).
+
         Raises:
           ValueError: a prompt that can never run, with its place; then none runs.
         """
+        completions = self._complete(prompts, params, progress)
+        failed = [output.error for each in completions for output in each.samples if output.error is not None]
+        if failed:
+            warnings.warn(f"{len(failed)} samples ended with an error, the first with {failed[0]}", stacklevel=2)
+        return completions
+
+    def _complete(
+        self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None, progress: bool = False
+    ) -> list[Completion]:
         pairs = _pairs(prompts, params)
         requests: dict[str, Request] = {}
         samples: dict[str, list[Output]] = defaultdict(list)
@@ -192,14 +210,22 @@ class LLM:
         return self.generate([{"messages": [dict(each) for each in talk]} for talk in conversations], params)
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
-        """Logprobs of each text's tokens, a BOS token that the tokenizer adds included."""
+        """Logprobs of each text's tokens, a BOS token that the tokenizer adds included.
+
+        Raises:
+          FloatingPointError: logits that are NaN or infinite: at which token of which text, and what to try.
+        """
         params = SamplingParams(max_new_tokens=1, prompt_logprobs=0)
+        completions = self._complete(texts, params)
+        for place, completion in enumerate(completions):
+            if completion.error is not None:
+                raise FloatingPointError(f"text {place}: {completion.error}")
         return [
             Score(
                 completion.prompt_token_ids,
                 [None if each is None else each.logprob for each in completion.samples[0].prompt_logprobs],
             )
-            for completion in self.generate(texts, params)
+            for completion in completions
         ]
 
     def drop(self) -> None:

@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import xxhash
 
-from jaxinfer.checkpoint.files import is_stream, write_all, write_whole
+from jaxinfer.checkpoint import files
+from jaxinfer.checkpoint.files import is_stream, write_all
 from jaxinfer.engine.request import Output
 from jaxinfer.inputs import InputError, InputRecord
 
@@ -33,16 +34,20 @@ def beside(output: Path, kind: str) -> Path:
 
 def write_json(path: Path, data: Any) -> None:
     try:
-        write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+        files.write_json(path, data)
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}") from error
 
 
 def output_line(output: Output) -> dict[str, Any]:
-    """The fields of a result; logprobs only where asked for."""
+    """The fields of a result; logprobs only where asked for. Of one that ended with an error, that alone: a run that
+    continues does it again, as it does bad lines, since what mends it is another dtype (with --resume-anyway)."""
+    if output.error is not None:
+        return {"id": output.id, "index": output.index, "error": output.error}
     line = {name: getattr(output, name) for name in (each.name for each in dataclasses.fields(output))}
     for name in ("ttft_s", "latency_s"):
         line[name] = round(line[name], 6)
+    del line["error"]
     for name in ("logprobs", "prompt_logprobs"):
         if line[name] is None:
             del line[name]
@@ -93,7 +98,7 @@ class Writer:
 
     def write(self, line: dict[str, Any]) -> None:
         """Raises OutputError when the disk does not take the whole line; the file then ends with the line before."""
-        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        data = files.json_bytes(line)
         end = self.size
         try:
             write_all(self._file, data)

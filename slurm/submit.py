@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.checkpoint.files import write_json, write_whole
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.presets import load_preset
 from slurm import jobs, shards
@@ -328,7 +328,7 @@ def _samples(options: list[str]) -> int:
 
 def _write(path: Path, data: Any) -> None:
     with _usage():
-        write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+        write_json(path, data)
 
 
 @contextmanager

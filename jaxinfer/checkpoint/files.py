@@ -1,9 +1,11 @@
 """Writing so that a crash leaves either the whole file or none of it."""
 
+import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 MOST_LINKS = 40  # that Linux follows
@@ -34,6 +36,29 @@ def is_stream(path: Path) -> bool:
             return False
         path = path.parent / os.readlink(path)
     return False
+
+
+def json_bytes(data: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8 and a last newline. Numbers that JSON has no word for, NaN and the infinities, become null."""
+    try:
+        text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
+    # half of a surrogate pair, from a path or an id, becomes JSON's own escape of it
+    return (text + "\n").encode(errors="backslashreplace")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a small file as `write_whole` does, and as `json_bytes` says."""
+    write_whole(path, json_bytes(data, indent=1))
 
 
 def write_whole(path: Path, data: bytes) -> None:

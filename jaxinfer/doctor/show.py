@@ -1,6 +1,5 @@
 """The doctor's answer: a table of ranks, then one line per finding, the worst last."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.checkpoint.files import write_json
 from jaxinfer.doctor.finding import ERROR, OK, WARNING, Finding, Report
 
 GIB = 1 << 30
@@ -126,4 +125,4 @@ def write_answer(path: Path, reports: Sequence[Report], lines: Sequence[Line], p
         "ranks": [report.to_json() for report in reports],
         "collective": probes,
     }
-    write_whole(path, (json.dumps(answer, indent=1) + "\n").encode())
+    write_json(path, answer)

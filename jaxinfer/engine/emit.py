@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.models.ends import Ends
-from jaxinfer.ops.sampling import SamplingArrays, adjust, select, token_logprobs
+from jaxinfer.ops.sampling import NON_FINITE, SamplingArrays, adjust, greatest, select, token_logprobs
 from jaxinfer.parallel import collectives
 
 TOP_LOGPROBS = 20  # as many as a request may ask for; the host cuts to what each asked
@@ -30,7 +30,8 @@ class Features(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """Tokens [B] and, where asked for, logprob and rank [B], top ids and logprobs [B, 20] (None otherwise)."""
+    """Tokens [B], NON_FINITE where the logits give none, and, where asked for, logprob and rank [B], top ids and
+    logprobs [B, min(20, V)] (None otherwise)."""
 
     tokens: jax.Array
     logprob: jax.Array | None = None
@@ -63,7 +64,7 @@ def emit(
             tokens = collectives.all_rows(chosen, x.shape[0])
         else:
             tokens = _greedy(logits)
-    return _with_logprobs(raw, tokens) if features.logprobs else Emitted(tokens)
+    return _with_logprobs(raw, tokens, ends.config.vocab_size) if features.logprobs else Emitted(tokens)
 
 
 def score(ends: Ends, x: jax.Array, targets: jax.Array) -> Emitted:
@@ -72,7 +73,8 @@ def score(ends: Ends, x: jax.Array, targets: jax.Array) -> Emitted:
 
     def part(arguments):
         hidden, tokens = arguments
-        return _with_logprobs(_padding_masked(ends.logits(hidden), ends.config.vocab_size), tokens)
+        logits = _padding_masked(ends.logits(hidden), ends.config.vocab_size)
+        return _with_logprobs(logits, tokens, ends.config.vocab_size)
 
     emitted = jax.lax.map(part, (x.reshape(-1, together, x.shape[-1]), targets.reshape(-1, together)))
     return jax.tree.map(lambda each: each.reshape(*targets.shape, *each.shape[2:]), emitted)
@@ -87,18 +89,18 @@ def _padding_masked(logits: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def _greedy(logits: jax.Array) -> jax.Array:
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if collectives.vocab_ways() == 1:
-        return best
-    value = jnp.take_along_axis(logits, best[:, None], axis=1)[:, 0]
-    # shards are in vocabulary order and argmax takes the first of equals: the lowest id wins, as on one device
-    values = collectives.vocab_gather(value)
-    ids = collectives.vocab_gather(best + collectives.vocab_rank() * logits.shape[1])
-    return jnp.take_along_axis(ids, jnp.argmax(values, axis=0)[None], axis=0)[0]
+    value, best = greatest(logits)
+    if collectives.vocab_ways() > 1:
+        # shards are in vocabulary order and the first of equals is taken: the lowest id wins, as on one device
+        ids = collectives.vocab_gather(best + collectives.vocab_rank() * logits.shape[1])
+        value, shard = greatest(collectives.vocab_gather(value).T)
+        best = jnp.take_along_axis(ids, shard[None], axis=0)[0]
+    return jnp.where(jnp.isfinite(value), best, NON_FINITE)
 
 
-def _with_logprobs(raw: jax.Array, tokens: jax.Array) -> Emitted:
+def _with_logprobs(raw: jax.Array, tokens: jax.Array, vocab_size: int) -> Emitted:
     rows = collectives.rows_for_columns(raw)
-    chosen, top_ids, top, rank = token_logprobs(rows, collectives.own_rows(tokens), min(TOP_LOGPROBS, rows.shape[1]))
+    # beside the vocabulary there is padding, which is no token
+    chosen, top_ids, top, rank = token_logprobs(rows, collectives.own_rows(tokens), min(TOP_LOGPROBS, vocab_size))
     whole = [collectives.all_rows(each, tokens.shape[0]) for each in (chosen, rank, top_ids, top)]
     return Emitted(tokens, *whole)

@@ -177,7 +177,7 @@ class Engine:
         now = time.perf_counter()
         for sequence in sequences:
             own = replace(request, params=sequence.params)
-            self._samples[sequence] = Sample(own, sequence, self.tokenizer, model.eos_token_ids, now)
+            self._samples[sequence] = Sample(own, sequence, self.tokenizer, model.eos_token_ids, self.dtype.name, now)
         self._open[request.id] = sequences
         self._torn = False
 
@@ -333,7 +333,7 @@ class Engine:
             if isinstance(dispatch, DecodeBlock):
                 self.stats.decode_tokens += len(tokens)
             details = _emitted_rows(arrays, at[sequence]) if sequence.params.logprobs is not None else None
-            update = sample.add(tokens, details, now)
+            update = sample.add(tokens, details, _phase(dispatch), now)
             if update.output is not None:
                 self._finish(sequence)
             if update.token_ids or update.text or update.output is not None:
@@ -417,5 +417,5 @@ def _phase(dispatch: PrefillTick | DecodeBlock) -> str:
 def _emitted_rows(arrays: Emitted, at: tuple[Any, ...]) -> Emitted:
     """The steps [K, ...] in which one row emitted a token."""
     rows = jax.tree.map(lambda each: each[at], arrays)
-    emitted = rows.tokens >= 0
+    emitted = rows.tokens != -1
     return jax.tree.map(lambda each: each[emitted], rows)

@@ -34,9 +34,10 @@ class Output:
     """One finished sample. Times are seconds since the request was added and the weights were loaded, on this process's
     clock.
 
-    `finish_reason` is ``stop`` (end-of-sequence token, stop token or stop string), ``length`` or ``abort``. `token_ids`
-    keep the stop token; `text` has neither it nor the stop string. `prompt_logprobs` starts with None: nothing comes
-    before the first token."""
+    `finish_reason` is ``stop`` (end-of-sequence token, stop token or stop string), ``length``, ``abort``, or ``error``
+    where the logits were NaN or infinite: `error` says at which token, and what to try; text and tokens are those
+    before it. `token_ids` keep the stop token; `text` has neither it nor the stop string. `prompt_logprobs` starts with
+    None: nothing comes before the first token."""
 
     id: str
     index: int
@@ -49,6 +50,7 @@ class Output:
     latency_s: float
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ class Stats:
     preemptions: int = 0
     compiled_programs: int = 0
     compile_seconds: float = 0.0
+
+
+def non_finite(where: str, dtype: str) -> str:
+    """The error of a sample whose logits are NaN or infinite."""
+    weights = "the weights of the checkpoint hold NaN, infinite or far too large numbers"
+    advice = {
+        "float16": f"numbers above 65,504 overflow: try dtype bfloat16 or float32; if that is no better, {weights}",
+        "bfloat16": f"try dtype float32; if that is no better, {weights}",
+        "float32": weights,
+    }
+    return f"non-finite logits (NaN or infinite) at {where}, in {dtype}: {advice[dtype]}"
 
 
 def stop_ids(params: SamplingParams, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:

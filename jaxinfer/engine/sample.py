@@ -2,18 +2,25 @@
 
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.engine.detokenize import TextStream
 from jaxinfer.engine.emit import Emitted
-from jaxinfer.engine.request import Output, Request, TokenLogprob, Update, stop_ids
+from jaxinfer.engine.request import Output, Request, TokenLogprob, Update, non_finite, stop_ids
 from jaxinfer.engine.sequence import Sequence
+from jaxinfer.ops.sampling import NON_FINITE
 
 
 class Sample:
-    """Takes the tokens of one sequence as they arrive."""
+    """Takes the tokens of one sequence as they arrive; `dtype` is for errors."""
 
-    def __init__(self, request: Request, sequence: Sequence, tokenizer: Any, eos: tuple[int, ...], arrived: float):
+    def __init__(
+        self, request: Request, sequence: Sequence, tokenizer: Any, eos: tuple[int, ...], dtype: str, arrived: float
+    ):
         params = request.params
         self.sequence = sequence
+        self._dtype = dtype
+        self._error: str | None = None
         self._request = request
         self.arrived = arrived
         self._first: float | None = None
@@ -26,15 +33,28 @@ class Sample:
     def add_prompt_logprobs(self, start: int, scored: Emitted) -> None:
         """Logprobs of the tokens from start + 1 on, arrays [count, ...]."""
         top = self._request.params.prompt_logprobs
-        for offset in range(min(len(scored.tokens), len(self._prompt_logprobs) - start - 1)):
+        count = min(len(scored.tokens), len(self._prompt_logprobs) - start - 1)
+        wrong = _first_wrong(scored.logprob[:count])
+        if wrong is not None and self._error is None:
+            self._error = non_finite(f"prompt token {start + 1 + wrong} (prefill)", self._dtype)
+        for offset in range(count):
             self._prompt_logprobs[start + 1 + offset] = _token_logprob(scored, offset, top)
 
-    def add(self, tokens: list[int], emitted: Emitted | None, now: float) -> Update:
-        """New tokens and, where logprobs were asked for, their arrays [count, ...]. The update's output is set when the
-        sample is finished; tokens beyond the stop are dropped."""
+    def add(self, tokens: list[int], emitted: Emitted | None, phase: str, now: float) -> Update:
+        """New tokens and, where logprobs were asked for, their arrays [count, ...]; `phase` is prefill or decode. The
+        update's output is set when the sample is finished; tokens beyond the stop are dropped."""
         self._first = self._first or now
         params, reason = self._request.params, None
+        if emitted is not None and (wrong := _first_wrong(emitted.logprob)) is not None:
+            tokens = [*tokens[:wrong], NON_FINITE]
+        if self._error is not None:
+            tokens, reason = [], "error"
         for count, token in enumerate(tokens, 1):
+            if token == NON_FINITE:
+                tokens, reason = tokens[: count - 1], "error"
+                where = f"new token {len(self._token_ids) + count} ({phase})"
+                self._error = non_finite(where, self._dtype)
+                break
             if token in self._stops and len(self._token_ids) + count > params.min_new_tokens:
                 tokens, reason = tokens[:count], "stop"
                 break
@@ -45,7 +65,7 @@ class Sample:
         text = ""
         if self._stream is not None:
             # a stop token is not part of the text
-            text = self._stream.append(tokens[:-1] if reason else tokens)
+            text = self._stream.append(tokens[:-1] if reason == "stop" else tokens)
         if reason is None and len(self._token_ids) >= self.sequence.params.max_new_tokens:
             reason = "length"
         if self._stream is not None:
@@ -76,9 +96,17 @@ class Sample:
             latency_s=now - self.arrived,
             logprobs=None if params.logprobs is None else self._logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else self._prompt_logprobs,
+            error=self._error if reason == "error" else None,
         )
 
 
+def _first_wrong(logprobs: np.ndarray) -> int | None:
+    """The first that is no number or minus infinity."""
+    finite = np.isfinite(logprobs)
+    return None if finite.all() else int(finite.argmin())
+
+
 def _token_logprob(emitted: Emitted, at: int, top: int) -> TokenLogprob:
-    likeliest = [(int(token), float(logprob)) for token, logprob in zip(emitted.top_ids[at], emitted.top_logprobs[at])]
-    return TokenLogprob(int(emitted.tokens[at]), float(emitted.logprob[at]), int(emitted.rank[at]), likeliest[:top])
+    likeliest = zip(emitted.top_ids[at][:top], emitted.top_logprobs[at][:top])
+    likeliest = [(int(token), float(logprob)) for token, logprob in likeliest if logprob > -np.inf]
+    return TokenLogprob(int(emitted.tokens[at]), float(emitted.logprob[at]), int(emitted.rank[at]), likeliest)

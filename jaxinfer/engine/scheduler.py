@@ -96,8 +96,8 @@ class Scheduler:
         """Takes the results of the oldest dispatch not completed yet.
 
         Args:
-          tokens: int [K, D, M * rows] of a decode block, int [D, R] of the exiting rows of a prefill tick; -1 for none.
-            Nested lists or an array.
+          tokens: int [K, D, M * rows] of a decode block, int [D, R] of the exiting rows of a prefill tick; -1 for none
+            (other negative ones stand for a token: the scheduler looks at no token's value). Nested lists or an array.
 
         Returns:
           (sequence, its new tokens) for each unfinished sequence that got some, or whose prefill is through (no tokens
@@ -115,13 +115,13 @@ class Scheduler:
             for rows, row_tokens in zip(dispatch.stages[-1], tokens, strict=True):
                 for row, token in zip(rows, row_tokens, strict=True):
                     if row is not None:
-                        found.append((row.seq, [token] if row.final and token >= 0 else [], row.final))
+                        found.append((row.seq, [token] if row.final and token != -1 else [], row.final))
         else:
             for d, owners in enumerate(dispatch.owners):
                 columns = zip(*(step[d] for step in tokens), strict=True)
                 for seq, column in zip(owners, columns, strict=True):
                     if seq is not None:
-                        found.append((seq, [token for token in column if token >= 0], False))
+                        found.append((seq, [token for token in column if token != -1], False))
         results = []
         for seq, new, always in found:
             seq.outstanding -= 1

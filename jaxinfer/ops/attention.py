@@ -67,9 +67,11 @@ def paged_attention(
     span = tables.shape[1] * page_size
     k = k_pool[tables].reshape(batch, span, kv_heads, width)
     v = v_pool[tables].reshape(batch, span, kv_heads, width)
+    at = jnp.arange(span)
+    # what nobody sees may be NaN that another sequence left in the page, and 0 times that is NaN
+    v = jnp.where((at <= positions.max(axis=1, keepdims=True))[..., None, None], v, 0)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    at = jnp.arange(span)
     if slopes is not None:
         scores = scores + alibi.bias(slopes, at).reshape(kv_heads, -1, 1, span)
     scores = scores * (width**-0.5 if scale is None else scale)

@@ -12,6 +12,7 @@ import numpy as np
 
 _IN_PROMPT = 1 << 30  # of a token's count: the token is in the prompt; the bits below count it in the output
 _TIMES = _IN_PROMPT - 1
+NON_FINITE = -2  # in place of a token: the row's greatest logit is NaN or infinite
 
 
 class SamplingArrays(NamedTuple):
@@ -190,7 +191,7 @@ def select(logits: jax.Array, arrays: SamplingArrays, n_out: jax.Array) -> jax.A
       n_out: [B] tokens that each row has put out already.
 
     Returns:
-      [B] int32.
+      [B] int32, NON_FINITE where the greatest logit is NaN or infinite.
     """
     return _select(logits, arrays, n_out, kept)
 
@@ -204,7 +205,9 @@ def _select(logits: jax.Array, arrays: SamplingArrays, n_out: jax.Array, limits:
     greedy = arrays.temperature <= 0
     scaled = _scaled(logits, arrays)
     drawn = jnp.where(limits(logits, scaled, arrays), scaled + _gumbel(arrays.seed, n_out, logits.shape[1]), -jnp.inf)
-    return jnp.argmax(jnp.where(greedy[:, None], logits, drawn), axis=1).astype(jnp.int32)
+    chosen = jnp.argmax(jnp.where(greedy[:, None], logits, drawn), axis=1).astype(jnp.int32)
+    # the same maximum as in _scaled: XLA reads the logits once for both
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=1)), chosen, NON_FINITE)
 
 
 def _scaled(logits: jax.Array, arrays: SamplingArrays) -> jax.Array:
@@ -212,6 +215,21 @@ def _scaled(logits: jax.Array, arrays: SamplingArrays) -> jax.Array:
     best = jnp.max(logits, axis=1, keepdims=True)
     best = jnp.where(jnp.isfinite(best), best, 0)
     return (logits - best) / jnp.where(arrays.temperature <= 0, 1, arrays.temperature)[:, None]
+
+
+def greatest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each row of x [B, V] the greatest value and its index, the lowest of equals, in one pass. NaN is above all."""
+
+    def greater(one, other):
+        (value, at), (rival, place) = one, other
+        wins = (value > rival) | ((value != value) & (rival == rival))
+        equal = (value == rival) | ((value != value) & (rival != rival))
+        return jnp.where(wins, value, rival), jnp.where(wins | (equal & (at < place)), at, place)
+
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    nothing = jnp.asarray(-jnp.inf, x.dtype), jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32)
+    value, at = jax.lax.reduce((x, index), nothing, greater, (1,))
+    return value, at
 
 
 def _gumbel(seed: jax.Array, n_out: jax.Array, size: int) -> jax.Array:

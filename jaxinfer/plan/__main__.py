@@ -1,7 +1,6 @@
 """``python -m jaxinfer.plan``: whether a model fits on GPUs, on which layouts, and how fast; without GPU or queue."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import attrs
 
 from jaxinfer import __version__
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.checkpoint.files import write_json
 from jaxinfer.cluster.cpu import ThreadPoolError
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.engine.config import DTYPES, EngineConfig
@@ -160,7 +159,7 @@ def plan(args: argparse.Namespace, source: Source) -> int:
         data = {"model": source.name, "parameters": source.parameters, "gpus": str(gpus), "fits": best.fits}
         data |= {"dtype": ask.dtype, "context": ask.context, "batch": ask.batch, "new_tokens": ask.new_tokens}
         data |= {"advice": advice, "notes": notes, "largest": most, "layouts": [to_json(each) for each in layouts]}
-        write_whole(args.json, (json.dumps(data, indent=1) + "\n").encode())
+        write_json(args.json, data)
     return 0 if best.fits else 1
 
 

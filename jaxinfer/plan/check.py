@@ -1,7 +1,6 @@
 """``--check``: runs the model on the devices that are here and puts what they report beside the prediction."""
 
 import argparse
-import json
 import os
 from typing import Any
 
@@ -9,7 +8,7 @@ import attrs
 import numpy as np
 from rich.table import Table
 
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.checkpoint.files import write_json
 from jaxinfer.cluster import distributed
 from jaxinfer.cluster.cpu import use_virtual_devices
 from jaxinfer.cluster.launch import find_launch
@@ -91,7 +90,7 @@ def check(args: argparse.Namespace, source: Source, ask: Ask) -> int:
         if args.json is not None:
             data = {"model": source.name, "mesh": text, "device": device.device_kind, "dtype": ask.dtype}
             data |= {"batch": batch, "context": ask.context, "new_tokens": ask.new_tokens, "ranks": everywhere}
-            write_whole(args.json, (json.dumps(data, indent=1) + "\n").encode())
+            write_json(args.json, data)
     distributed.wait_for_all("jaxinfer.plan ends")
     distributed.leave()
     return 0
@@ -127,13 +126,16 @@ def here() -> Gpus | None:
     return found and Gpus(found, nodes, jax.device_count() // nodes)
 
 
-def _tpot(llm: Any, work: Workload) -> float:
-    """Seconds per token after all first tokens are there; programs are compiled in a round before."""
+def _tpot(llm: Any, work: Workload) -> float | None:
+    """Seconds per token after all first tokens are there; programs are compiled in a round before. None where a request
+    ended early, for logits that are NaN or infinite (of which `LLM.generate` warns)."""
     draws = np.random.default_rng(0)
     prompts = [draws.integers(ORDINARY, llm.engine.model.vocab_size, work.prompt).tolist() for _ in range(work.batch)]
     params = {"max_new_tokens": work.new_tokens, "ignore_eos": True}
     for _ in range(2):
         done = [each.samples[0] for each in llm.generate(prompts, params)]
+    if any(each.error for each in done):
+        return None
     first = max(each.ttft_s for each in done)
     return (max(each.latency_s for each in done) - first) / max(1, work.new_tokens - 1)
 

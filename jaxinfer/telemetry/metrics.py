@@ -37,6 +37,8 @@ class RunMetrics:
         self._samples = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._failed = 0
+        self._first_failure: str | None = None
 
     def add(self, update: Any) -> None:
         """An `Update` of the engine, as soon as it is there."""
@@ -50,6 +52,9 @@ class RunMetrics:
             return
         self._last.pop(key, None)
         self._samples += 1
+        if output.error is not None:
+            self._failed += 1
+            self._first_failure = self._first_failure or f"id {output.id!r}, index {output.index}: {output.error}"
         self._output_tokens += output.completion_tokens
         if output.id not in self._requests:
             self._requests.add(output.id)
@@ -67,6 +72,8 @@ class RunMetrics:
         return {
             "requests": len(self._requests),
             "samples": self._samples,
+            "failed": self._failed,
+            "first_failure": self._first_failure,
             "prompt_tokens": self._prompt_tokens,
             "output_tokens": self._output_tokens,
             "wall_s": wall,
@@ -111,6 +118,7 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
     lines = [
         ("requests", requests if summary["samples"] != summary["requests"] else f"{summary['requests']:,}"),
         *((name, f"{count:,}") for name, count in notes.items() if count),
+        *([("failed", f"{summary['failed']:,} samples: non-finite logits")] if summary["failed"] else []),
         ("tokens", tokens),
         ("wall time", wall),
         ("output tokens/s", f"{summary['output_tokens_per_s']:,.1f}"),
