@@ -67,24 +67,51 @@ def compared(exact, outputs):
     return noise, margins
 
 
+def random_prompts(count):
+    draw = np.random.default_rng(count)
+    return {str(i): draw.integers(0, 128000, 20 + 40 * i).tolist() for i in range(count)}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Llama-3.1-8B's shape, with 4 of the 32 layers: they are all alike, and programs of all compile for minutes. The
+    checkpoint, prompts, what plain operations say in float32, and their noise in bfloat16."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_dummy(load_preset("llama-3.1-8b").config | {"num_hidden_layers": 4}, folder)
+    prompts = random_prompts(24)
+    exact, rounded = (
+        greedy(folder, prompts, max_batch=24, kernels="off", dtype=each) for each in ("float32", "bfloat16")
+    )
+    return folder, prompts, exact, compared(exact, rounded)[0]
+
+
 @pytest.mark.parametrize(("mesh", "batch"), [("", 1), ("", 3), ("", 24), ("stage=2", 3), ("tensor=2", 3)])
-def test_kernels_choose_the_tokens_of_the_plain_operations(tmp_path, mesh, batch):
-    """Llama-3.1-8B's shape, the same numbers in both dtypes: bfloat16 with kernels is hardly noisier than without, and
-    chooses another token than float32 only where the two likeliest are as good as equal."""
+def test_kernels_choose_the_tokens_of_the_plain_operations(reference, mesh, batch):
+    """The same numbers in both dtypes: bfloat16 with kernels is hardly noisier than without, and chooses another token
+    than float32 only where the two likeliest are as good as equal."""
     if mesh and jax.device_count() < 2:
         pytest.skip(f"{mesh} needs 2 GPUs")
-    write_dummy(load_preset("llama-3.1-8b").config, tmp_path)
-    draw = np.random.default_rng(batch)
-    prompts = {str(i): draw.integers(0, 128000, 20 + 40 * i).tolist() for i in range(24)}
-    outputs = partial(greedy, tmp_path, prompts, mesh=mesh, max_batch=batch)
-    exact = outputs(kernels="off", dtype="float32")
-    plain, _ = compared(exact, outputs(kernels="off", dtype="bfloat16"))
-    fused, margins = compared(exact, outputs(kernels="on", dtype="bfloat16"))
+    folder, prompts, exact, plain = reference
+    outputs = greedy(folder, prompts, mesh=mesh, max_batch=batch, kernels="on", dtype="bfloat16")
+    fused, margins = compared(exact, outputs)
     spread = np.std(plain)
     assert np.std(fused) < 1.5 * spread, f"a noise of {np.std(fused):.4f}, {spread:.4f} without kernels"
     assert max(margins, default=0) < 8 * spread, f"margins {sorted(margins)[-3:]} against a noise of {spread:.4f}"
     # random weights leave the likeliest tokens close: most rows part after a few
     assert min(len(plain), len(fused)) > 4 * len(prompts), "rows that part at once compare nothing"
+
+
+def test_all_layers_in_one_launch_choose_the_tokens_of_one_by_one(tmp_path):
+    """Llama-3.1-8B in its whole depth: 4 rows decode in one launch, 8 layer by layer."""
+    write_dummy(load_preset("llama-3.1-8b").config, tmp_path)
+    prompts = random_prompts(8)
+    several, one = (greedy(tmp_path, prompts, max_batch=each, kernels="on", dtype="bfloat16") for each in (8, 4))
+    noise, margins = compared(several, one)
+    spread = np.std(noise)
+    # logits deviate by 1.15, so that unrelated ones would differ by more than that
+    assert spread < 0.15, f"a noise of {spread:.4f}"
+    assert max(margins, default=0) < 8 * spread, f"margins {sorted(margins)[-3:]} against a noise of {spread:.4f}"
+    assert len(noise) > 4 * len(prompts), "rows that part at once compare nothing"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -38,13 +38,14 @@ def checkpoint(folder, spoil, **config):
     return folder / "ckpt"
 
 
+def poison(state):
+    state[EMBED][POISON] = torch.nan
+    state[HEAD][POISON] = 0  # it is not chosen by itself
+
+
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
-    def spoil(state):
-        state[EMBED][POISON] = torch.nan
-        state[HEAD][POISON] = 0  # it is not chosen by itself
-
-    return checkpoint(tmp_path_factory.mktemp("poisoned"), spoil)
+    return checkpoint(tmp_path_factory.mktemp("poisoned"), poison)
 
 
 def params(**more):
@@ -69,6 +70,21 @@ def test_a_request_with_nan_ends_and_spares_the_others(poisoned, mesh, temperatu
     assert {output.finish_reason for output in found.values()} == {"length"}
     again = run(engine, {name: PROMPTS[name] for name, _ in found}, free)
     assert tokens(found) == tokens(again)
+
+
+# 2 rows decode in one launch, 8 layer by layer
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [2, 8])
+def test_nor_do_kernels_hand_nan_on(tmp_path, batch):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = checkpoint(tmp_path, poison, **sizes)
+    settings = {"max_batch": batch, "page_size": 32, "pages": batch + 1, "max_context": 32, "decode_steps": 4}
+    engine = make_engine(folder, dtype="bfloat16", kernels="on", **settings)
+    prompts = {f"{name} {i}": prompt for i in range(4) for name, prompt in PROMPTS.items()}
+    asked = params(logit_bias={POISON: -100})
+    found = run(engine, prompts, asked)
+    reasons = {name: output.finish_reason for (name, _), output in found.items()}
+    assert reasons == {name: "error" if name.startswith("bad") else "length" for name in prompts}
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
