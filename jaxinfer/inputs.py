@@ -1,5 +1,6 @@
 """Prompts from a file: each line becomes a record or an error that says what is wrong with it."""
 
+import codecs
 import difflib
 import json
 import sys
@@ -15,6 +16,14 @@ from jaxinfer.tokenizer import apply_chat, encode
 
 KINDS = ("prompt", "prompt_token_ids", "messages")
 FIELDS = ("id", *KINDS, *attrs.fields_dict(SamplingParams))
+
+# UTF-32 first: one of its marks begins with one of UTF-16's
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 Prompt = str | list[int] | list[dict[str, Any]]
 
@@ -47,19 +56,30 @@ def read_file(path: str, defaults: SamplingParams) -> list[InputRecord | InputEr
     starts with ``{`` and a prompt per line otherwise. Empty lines are skipped.
 
     Raises:
-      ValueError: a file name that ends in neither; OSError: a file that cannot be read.
+      ValueError: a file name that ends in neither, another encoding than UTF-8; OSError: a file that cannot be read.
     """
     if path == "-":
-        data = sys.stdin.buffer.read()
-        as_json = data.lstrip()[:1] == b"{"
+        lines = split_lines(sys.stdin.buffer.read(), "standard input")
+        as_json = next((line.lstrip() for line in lines if line.strip()), b"").startswith(b"{")
     else:
         suffix = Path(path).suffix
         if suffix not in (".jsonl", ".txt"):
             raise ValueError(f"{path}: the name ends in {suffix or 'nothing'!r}, legal is .jsonl, .txt or the name -")
-        data = Path(path).read_bytes()
+        lines = split_lines(Path(path).read_bytes(), path)
         as_json = suffix == ".jsonl"
-    lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
-    return parse_lines(((number, line) for number, line in lines if line.strip()), as_json, defaults)
+    return parse_lines(((number, line) for number, line in enumerate(lines, 1) if line.strip()), as_json, defaults)
+
+
+def split_lines(data: bytes, name: str) -> list[bytes]:
+    """Lines without byte order marks, which files put together have in their middle too.
+
+    Raises:
+      ValueError: a byte order mark of another encoding; `name` is the file's, for the message.
+    """
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{name}: found {encoding} (by its byte order mark), legal is UTF-8")
+    return [line.removeprefix(codecs.BOM_UTF8) for line in data.split(b"\n")]
 
 
 def parse_lines(
@@ -71,6 +91,8 @@ def parse_lines(
     for number, line in lines:
         name = str(number)
         try:
+            if b"\0" in line:
+                raise ValueError("found a NUL byte, legal is UTF-8 text (UTF-16 without a byte order mark has them)")
             fields = _object(line) if as_json else {"prompt": line.decode().rstrip("\r")}
             name = _id(fields, name)
             if name in seen:

@@ -1,5 +1,6 @@
 """The tokenizer that a checkpoint carries: loaded from its folder alone, never from a hub."""
 
+import codecs
 import json
 import shutil
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def notes(folder: str | Path) -> list[str]:
     begin, wanted = spm.plain(config.get("bos_token")), _begin_wanted(folder, config)
     if wanted is None or not begin:
         return []
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend = Tokenizer.from_str((folder / "tokenizer.json").read_text("utf-8-sig"))
     if wanted == (backend.encode("a").ids[:1] == [backend.token_to_id(begin)]):
         return []
     said, puts = ("true", "does not put") if wanted else ("false", "puts")
@@ -129,18 +130,28 @@ def _begin_wanted(folder: Path, config: dict[str, Any]) -> bool | None:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[Path]:
-    """The folder as transformers 5 can read it: tokens with flags under the old name of their list make it fail."""
-    path = folder / "special_tokens_map.json"
-    named = spm.read(path)
+    """The folder as transformers 5 can read it: what makes it fail are byte order marks, and tokens with flags under
+    the old name of their list."""
+    files = [path for path in folder.glob("*.json") if _marked(path)]
+    changed = {path.name: path.read_text("utf-8-sig") for path in files}
+    named = spm.read(folder / "special_tokens_map.json")
     tokens = named.pop("additional_special_tokens", None) or []
-    if not any(isinstance(token, dict) for token in tokens):
+    if any(isinstance(token, dict) for token in tokens):
+        named["extra_special_tokens"] = tokens + (named.get("extra_special_tokens") or [])
+        changed["special_tokens_map.json"] = json.dumps(named)
+    if not changed:
         yield folder
         return
     with TemporaryDirectory() as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
-        named["extra_special_tokens"] = tokens + (named.get("extra_special_tokens") or [])
-        (Path(scratch) / path.name).write_text(json.dumps(named), "utf-8")
+        for name, text in changed.items():
+            (Path(scratch) / name).write_text(text, "utf-8")
         yield Path(scratch)
+
+
+def _marked(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
 
 
 def _from_vocabulary(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxinfer.checkpoint.files import write_whole
 from jaxinfer.engine.params import SamplingParams
-from jaxinfer.inputs import InputRecord, read_file
+from jaxinfer.inputs import InputRecord, read_file, split_lines
 from jaxinfer.outputs import OutputError, beside
 
 
@@ -26,7 +26,7 @@ def split(prompts: Path, shard: int, count: int, output: Path) -> None:
     """Writes shard `shard` (from 0) of `count`."""
     if count < 1 or not 0 <= shard < count:
         raise ShardError(f"shard: found {shard} of {count}, legal is 0 to {count - 1}")
-    lines = prompts.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = split_lines(prompts.read_bytes(), str(prompts))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, b"\n".join(line if i % count == shard else b"" for i, line in enumerate(lines)))
 

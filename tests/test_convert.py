@@ -209,6 +209,8 @@ def test_folders_that_are_no_model_are_refused(tiny, tmp_path):
     (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty" / "consolidated.00.pth").write_text("")
     refused(tmp_path / "empty", tmp_path, "no weights: neither model.safetensors.*; found consolidated.00.pth")
+    (tiny / "config.json").write_text(json.dumps(config | {"hidden_act": "x"}), "utf-8-sig")  # read, mark and all
+    refused(tiny, tmp_path, "config.json: hidden_act: 'x'")
     (tiny / "config.json").write_text("{")
     refused(tiny, tmp_path, "config.json: damaged, not JSON")
     (tiny / "config.json").write_text(json.dumps(config | {"hidden_act": "what"}))

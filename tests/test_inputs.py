@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.inputs import InputError, InputRecord, read_file, token_ids
+from slurm.shards import split
 
 DEFAULTS = SamplingParams(temperature=0.5, max_new_tokens=9)
 
@@ -51,9 +52,59 @@ def test_text_files_have_a_prompt_per_line(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt"])
+def test_byte_order_marks_are_no_text(tmp_path, name):
+    one, two = ('{"prompt": "a"}', '{"prompt": "b"}') if name == "in.jsonl" else ("a", "b")
+    for newline in ("\n", "\r\n"):
+        whole = f"\ufeff{one}{newline}\ufeff{two}{newline}\ufeff{newline}"  # as cat makes it of three files
+        records = read(tmp_path, whole, name=name)
+        assert [(record.line, record.value) for record in records] == [(1, "a"), (2, "b")]
+
+
+def test_shards_are_read_as_the_whole_is(tmp_path):
+    path, part = tmp_path / "in.txt", tmp_path / "part.txt"
+    path.write_bytes("\ufeffa\r\nb\r\n\ufeffc".encode())
+    whole = read_file(str(path), DEFAULTS)
+    for shard in range(2):
+        split(path, shard, 2, part)
+        assert read_file(str(part), DEFAULTS) == whole[shard::2]
+    path.write_text("a", "utf-16")
+    with pytest.raises(ValueError, match="in.txt: found UTF-16"):
+        split(path, 0, 2, part)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt", "-"])
+def test_other_encodings_are_refused(tmp_path, monkeypatch, name):
+    path = name if name == "-" else str(tmp_path / name)
+    for codec, found in (("utf-16", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32"), ("utf-32-be", "UTF-32")):
+        text = "{}" if codec in ("utf-16", "utf-32") else "\ufeff{}"
+        data = text.encode(codec)
+        if name == "-":
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        else:
+            (tmp_path / name).write_bytes(data)
+        what = "standard input" if name == "-" else path
+        with pytest.raises(ValueError, match=rf"^{what}: found {found} \(by its byte order mark\), legal is UTF-8$"):
+            read_file(path, DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt"])
+def test_a_nul_byte_is_named(tmp_path, name):
+    line = '{"prompt": "a"}' if name == "in.jsonl" else "a"
+    (tmp_path / name).write_bytes(f"{line}\n".encode() + line.encode("utf-16-le"))
+    good, bad = read_file(str(tmp_path / name), DEFAULTS)
+    assert good.value == "a" and bad.line == 2 and bad.message.startswith("found a NUL byte, legal is UTF-8 text")
+
+
 @pytest.mark.parametrize(
     ("text", "values"),
-    [(b'\n{"prompt": "a"}\n', ["a"]), (b"a\n{b\n", ["a", "{b"])],
+    [
+        (b'\n{"prompt": "a"}\n', ["a"]),
+        (b"a\n{b\n", ["a", "{b"]),
+        (b'\xef\xbb\xbf{"prompt": "a"}\r\n', ["a"]),
+        (b'\xef\xbb\xbf\r\n \n\xef\xbb\xbf {"prompt": "a"}', ["a"]),
+        (b"\xef\xbb\xbfa\r\n{b", ["a", "{b"]),
+    ],
 )
 def test_standard_input(monkeypatch, text, values):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))

@@ -245,7 +245,7 @@ def test_a_config_that_is_none(plan, tmp_path):
         ("{}", "architectures"),
         (contradiction, "model_type: 'mistral' is not that of architectures 'LlamaForCausalLM'"),
     ):
-        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "config.json").write_text(content, "utf-8-sig")  # a byte order mark is not what is wrong
         lines, _ = plan("--config", tmp_path / "config.json", "--gpus", "T4", status=2)
         assert len(lines) == 1 and message in lines[0]
 

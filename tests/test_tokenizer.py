@@ -182,11 +182,15 @@ def test_added_tokens_beside_a_byte_level_vocabulary(folder, kind):
         (folder / "tokenizer_config.json").write_text(before)
 
 
-def test_a_chat_template_with_a_byte_order_mark(folder):
-    save_byte_level(folder)
+def test_files_with_a_byte_order_mark(folder):
+    backend = save_byte_level(folder, {"add_bos_token": True})
+    for path in [*folder.iterdir()]:
+        path.write_text(path.read_text(), "utf-8-sig")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", "utf-8-sig")
     tokenizer = load_tokenizer(folder.parent)
+    assert encode(tokenizer, "a fox") == [tokenizer.bos_token_id, *backend.encode("a fox").ids]
     assert tokenizer.decode(apply_chat(tokenizer, [{"role": "user", "content": "hi"}])) == "hi"
+    assert len(notes(folder)) == 1
 
 
 def test_a_prompt_has_no_end_token_but_what_its_text_says(folder):
