@@ -17,14 +17,15 @@ from functools import partial
 from typing import Any
 
 from benchmarks import report
-from benchmarks.common import count, file_to_write, start, user_errors
+from benchmarks.common import count, start, user_errors
 from benchmarks.report import Row
 from jaxinfer import __version__
 from jaxinfer.cluster.distributed import everyone
-from jaxinfer.options import Parser, add_process_options
+from jaxinfer.options import Parser, add_process_options, file_to_write
 from jaxinfer.parallel.all_reduce import peer_sum, shots
 from jaxinfer.parallel.axes import AXES
 from jaxinfer.parallel.peer import connect
+from jaxinfer.screen import escape_unencodable
 from jaxinfer.telemetry.manifest import describe_run
 
 UNITS = {"K": 2**10, "M": 2**20}
@@ -44,6 +45,7 @@ def sizes(text: str) -> list[int]:
 
 
 def main() -> None:
+    escape_unencodable()
     made = Parser(
         prog="python -m benchmarks.collectives",
         description=__doc__,

@@ -27,8 +27,9 @@ from jaxinfer.cluster.launch import find_launch
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.engine.device import claim_memory
 from jaxinfer.models.config import ConfigError, ModelConfig
-from jaxinfer.options import Parser, add_process_options
+from jaxinfer.options import Parser, add_process_options, file_to_write
 from jaxinfer.parallel.axes import mesh_text, parse_mesh
+from jaxinfer.screen import escape_unencodable
 from jaxinfer.telemetry.manifest import describe_run
 
 FIXED = {"mesh", "stage_layers", "load_format"}
@@ -37,6 +38,7 @@ ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def parser(name: str, text: str) -> argparse.ArgumentParser:
     """With the options that every benchmark of the engine has; `text` is the module's docstring, examples and all."""
+    escape_unencodable()
     made = Parser(
         prog=f"python -m benchmarks.{name}",
         description=text,
@@ -85,15 +87,6 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, legal is a whole number of at least 1")
     return int(text)
-
-
-def file_to_write(text: str) -> Path:
-    """Known before the run, whose figures would be lost."""
-    path = Path(text)
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    if path.is_dir() or not (there == path.absolute() or there.is_dir()) or not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
-    return path
 
 
 def fields(text: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ figure itself.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Any
 import attrs
 
 from benchmarks.report import share
+from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.options import Parser, file_to_write
 from jaxinfer.plot import COLOURS
+from jaxinfer.screen import escape_unencodable
 
 OURS = "jaxinfer"
 INCHES_PER_BAR = 0.22
@@ -117,7 +121,9 @@ def draw(groups: list[Group], output: Path) -> None:
         axes.tick_params(axis="y", length=0)
         figure.legend(loc="outside upper left", ncols=6, frameon=False)
         try:
-            figure.savefig(output, dpi=130)
+            picture = io.BytesIO()
+            figure.savefig(picture, format=output.suffix.removeprefix(".") or "png", dpi=130)
+            write_whole(output, picture.getvalue())
         except (OSError, ValueError) as error:
             raise DrawError(f"{output}: {getattr(error, 'strerror', None) or error}") from None
         finally:
@@ -125,13 +131,14 @@ def draw(groups: list[Group], output: Path) -> None:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(
+    escape_unencodable()
+    made = Parser(
         prog="python -m benchmarks.draw",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    made.add_argument("--output", type=Path, required=True, metavar="FIG.png", help="or .pdf, .svg")
+    made.add_argument("--output", type=file_to_write, required=True, metavar="FIG.png", help="or .pdf, .svg")
     args = made.parse_args()
     try:
         draw(read(args.files), args.output)

@@ -78,7 +78,6 @@ def show(title: str, rows: list[Row], notes: Mapping[str, str]) -> None:
 
 def write(path: Path, report: Mapping[str, Any], rows: list[Row]) -> None:
     """Writes the report as JSON, aside and renamed; `rows` become its field of that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = {**report, "rows": [attrs.asdict(row) | {"of_floor": row.of_floor} for row in rows]}
     write_json(path, data)
 

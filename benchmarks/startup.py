@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.common import count, fields, file_to_write, user_errors
+from benchmarks.common import count, fields, user_errors
 from benchmarks.report import Row, with_goals
 from benchmarks.shapes import NAMES, dtype_of, hf_config, model_config, random_prompts
 from convert.dummy import write_dummy
 from jaxinfer.compile_cache import OF_JAX, VARIABLE
-from jaxinfer.options import Parser
+from jaxinfer.options import Parser, file_to_write
 from jaxinfer.parallel.axes import mesh_text, parse_mesh
+from jaxinfer.screen import escape_unencodable
 from jaxinfer.telemetry.manifest import git_commit
 
 PHASES = ("load", "compile", "prefill", "decode")
@@ -34,6 +35,7 @@ POLL_SECONDS = 0.005
 
 
 def main() -> None:
+    escape_unencodable()
     made = Parser(
         prog="python -m benchmarks.startup",
         description=__doc__,

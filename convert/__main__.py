@@ -16,6 +16,7 @@ from jaxinfer.engine.costs import count_parameters
 from jaxinfer.models.config import ConfigError
 from jaxinfer.models.families import FAMILIES
 from jaxinfer.presets import PresetError, load_preset
+from jaxinfer.screen import escape_unencodable
 from jaxinfer.tokenizer import notes
 
 DESCRIPTION = """\
@@ -63,6 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 when the checkpoint is complete, 1 when it is refused (reason on stderr), 130 when interrupted."""
+    escape_unencodable()
     args = parse(arguments)
     started = time.perf_counter()
     try:

@@ -1,10 +1,7 @@
 """``python -m jaxinfer.generate``: prompts in, completions out, on any mesh of devices."""
 
 import argparse
-import contextlib
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,9 @@ from jaxinfer.process.agree import same_everywhere
 from jaxinfer.process.errors import memory, usage
 from jaxinfer.process.join import join, leave
 from jaxinfer.process.model import choose_mesh, find_manifest, load_model
-from jaxinfer.process.run import Run, find_process, refuse, start
+from jaxinfer.process.parse import parse_together
+from jaxinfer.process.run import Run, find_process, start
+from jaxinfer.screen import escape_unencodable
 
 PROGRAM = "jaxinfer.generate"
 SHOWN_ERRORS = 20
@@ -79,10 +78,9 @@ exit status: 0 done (bad lines and errors are counted in a warning) or stopped b
 
 
 def main() -> None:
-    args = parse_arguments()
+    escape_unencodable()
+    args = parse_together(PROGRAM, parse_arguments)
     launch = find_process(PROGRAM, args)
-    if launch and launch.num_processes > 1 and args.prompts == "-":
-        refuse(PROGRAM, "--prompts - works with one process: standard input does not reach them all")
     start(PROGRAM, args, launch, execute, lambda: args.output is None or take_back(Path(args.output)))
 
 
@@ -112,8 +110,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser, "sampling, for lines that do not say otherwise")
     add_profile_options(parser)
     add_limit_options(parser)
-    with _once():
-        return _checked(parser, parser.parse_args(argv))
+    return _checked(parser, parser.parse_args(argv))
 
 
 def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
@@ -138,16 +135,6 @@ def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-@contextmanager
-def _once() -> Iterator[None]:
-    """Of several tasks one alone prints: --help, or that an option is wrong."""
-    if os.environ.get("SLURM_PROCID", "0") == "0":
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        yield
-
-
 def execute(run: Run) -> int:
     """Reads, runs, writes; the exit status.
 
@@ -164,6 +151,8 @@ def execute(run: Run) -> int:
 
 def _execute(run: Run) -> int:
     args = run.args
+    if run.launch and run.launch.num_processes > 1 and args.prompts == "-":
+        raise UserError("--prompts - works with one process: standard input does not reach them all")
     with usage():
         defaults = sampling_params(args)
         records = _read(args, defaults)

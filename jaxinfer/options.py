@@ -1,6 +1,8 @@
 """Command line options that commands share: where to run, the engine, sampling."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
@@ -15,6 +17,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
+
+
+def writable(path: Path) -> bool:
+    """Whether a file can be written there, by `write_whole`, which makes the folders that are missing."""
+    whole = path.absolute()
+    there = next(each for each in (whole, *whole.parents) if os.path.exists(each))
+    return not path.is_dir() and (there == whole or there.is_dir()) and os.access(there, os.W_OK)
+
+
+def file_to_write(text: str) -> Path:
+    """An option's type: known before the run, whose figures would be lost."""
+    if not writable(Path(text)):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+    return Path(text)
 
 
 def add_place_options(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """``python -m jaxinfer.plot``: what a run's results and metrics look like, as one picture."""
 
-import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -8,6 +8,10 @@ from typing import Any
 
 import attrs
 import numpy as np
+
+from jaxinfer.checkpoint.files import write_whole
+from jaxinfer.options import Parser, file_to_write
+from jaxinfer.screen import escape_unencodable
 
 PROGRAM = "jaxinfer.plot"
 PHASES = {"load": "#7d5ba6", "compile": "#e3a857", "prefill": "#5b8db8", "decode": "#2f5d50", "other": "#d0d0d0"}
@@ -97,7 +101,9 @@ def draw(paths: list[Path], output: Path) -> None:
             length.legend(handles[:MOST_LABELS], labels[:MOST_LABELS], loc="upper center", ncols=4, frameon=False,
                           bbox_to_anchor=(0.5, -0.16))  # fmt: skip
         try:
-            figure.savefig(output, dpi=130)
+            picture = io.BytesIO()
+            figure.savefig(picture, format=output.suffix.removeprefix(".") or "png", dpi=130)
+            write_whole(output, picture.getvalue())
         except (OSError, ValueError) as error:
             raise PlotError(f"{output}: {getattr(error, 'strerror', None) or error}") from None
         finally:
@@ -180,13 +186,14 @@ def _seconds(value: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {PROGRAM}",
+    escape_unencodable()
+    parser = Parser(
+        prog=PROGRAM,
         description="Draws the latencies, lengths and times of one run, or of several to compare.",
         epilog="example: python -m jaxinfer.plot runs/first/out.jsonl --output first.png",
     )
     parser.add_argument("outputs", nargs="+", type=Path, metavar="OUT.jsonl", help="with OUT.metrics.json beside it")
-    parser.add_argument("--output", type=Path, required=True, metavar="FIG.png", help="or .pdf, .svg")
+    parser.add_argument("--output", type=file_to_write, required=True, metavar="FIG.png", help="or .pdf, .svg")
     args = parser.parse_args()
     try:
         draw(args.outputs, args.output)

@@ -133,7 +133,7 @@ def _number(text: str) -> str | int | None:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMMAND_S)
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not here: this command runs on a login node") from None
     except subprocess.TimeoutExpired:

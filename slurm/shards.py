@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.files import write_whole
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.inputs import InputRecord, read_file, split_lines
 from jaxinfer.outputs import OutputError, beside
+from jaxinfer.screen import escape_unencodable
 
 
 class ShardError(ValueError):
@@ -27,7 +28,6 @@ def split(prompts: Path, shard: int, count: int, output: Path) -> None:
     if count < 1 or not 0 <= shard < count:
         raise ShardError(f"shard: found {shard} of {count}, legal is 0 to {count - 1}")
     lines = split_lines(prompts.read_bytes(), str(prompts))
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, b"\n".join(line if i % count == shard else b"" for i, line in enumerate(lines)))
 
 
@@ -106,6 +106,7 @@ def _samples(parts: list[Path]) -> int:
 
 
 def main() -> int:
+    escape_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m slurm.shards", description=__doc__.split("\n")[0].split(": ", 1)[1]
     )

@@ -15,6 +15,7 @@ import attrs
 from jaxinfer.checkpoint.files import write_json, write_whole
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.presets import load_preset
+from jaxinfer.screen import escape_unencodable
 from slurm import jobs, shards
 from slurm.follow import follow
 from slurm.presets import Cluster, PresetError, read_cluster
@@ -54,6 +55,7 @@ class UsageError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 complete, 1 the job failed, 2 bad usage, 130 no longer followed; sbatch's own if it refused."""
+    escape_unencodable()
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         if args.follow is not None:

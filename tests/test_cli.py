@@ -1,5 +1,6 @@
 """``python -m jaxinfer.generate`` as a user runs it: whole commands on real checkpoints."""
 
+import io
 import json
 import os
 import random
@@ -279,6 +280,16 @@ def test_text_on_the_screen(stories):
     shown = dict(re.findall(r"=== (\d)\n(.*?)\n(?=\n|$)", done.stdout, re.DOTALL))
     assert shown["1"].startswith("Once upon a time, there was") and shown["2"].startswith("The cat ")
     assert "output tokens/s" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_text_that_the_screen_cannot_show(tiny, tmp_path, monkeypatch, capsys):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"id": each, "prompt_token_ids": [3]} for each in ("café", "日本")])
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii"))
+    arguments = ("--model", tiny, "--prompts", prompts, "--max-new-tokens", 2, "--mesh", "tensor=1")
+    status, err = in_process(monkeypatch, capsys, *arguments)
+    sys.stdout.flush()
+    assert status == 0 and re.findall(rb"=== (.*)", screen.getvalue()) == [b"caf\\xe9", b"\\u65e5\\u672c"], err
 
 
 def test_what_is_refused_leaves_no_output_and_takes_none_away(tiny, tmp_path, monkeypatch, capsys):

@@ -92,10 +92,10 @@ def test_container(tmp_path):
 
 def test_file_system(tmp_path):
     mounts = tmp_path / "mounts"
-    mounts.write_text(f"a / ext4 rw 0 0\nb {tmp_path}/a\\040b lustre rw 0 0\nc {tmp_path}/a\\040b/c tmpfs rw 0 0\n")
+    mounts.write_text(f"a / ext4 rw 0 0\nb {tmp_path}/a\\040b lustre rw 0 0\nc {tmp_path}/a\\040b/é tmpfs rw 0 0\n")
     assert file_system(tmp_path / "a", mounts) == "ext4"
     assert file_system(tmp_path / "a b" / "x", mounts) == "lustre"
-    assert file_system(tmp_path / "a b" / "c" / "x", mounts) == "tmpfs"
+    assert file_system(tmp_path / "a b" / "é" / "x", mounts) == "tmpfs"
 
 
 def test_folders(tmp_path):

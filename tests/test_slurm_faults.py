@@ -101,6 +101,7 @@ def refused(bed, tmp_path, command, text, before=""):
     assert re.search(rf"^jaxinfer.generate: error: {text}", last), logs
     assert "Traceback" not in "".join(logs)
     assert not bed.stray()
+    return logs
 
 
 def test_another_version(slurm_bed, checkpoint, tmp_path):
@@ -112,6 +113,19 @@ def test_another_option(slurm_bed, checkpoint, tmp_path):
     before = 'if [ $SLURM_PROCID = 1 ]; then set -- "$@" --temperature 0.5; fi'
     text = "rank 1 on node2 has another prompts or options than rank 0 on node1"
     refused(slurm_bed, tmp_path, generate(*options(checkpoint, tmp_path)), text, before)
+
+
+def test_a_wrong_option(slurm_bed, checkpoint, tmp_path):
+    told = r"unrecognized arguments: --bogus \(--help explains\) \(rank {}/2 on node{}, in start\)"
+    command = generate(*options(checkpoint, tmp_path, "--port", 61008))
+    for rank in (0, 1):
+        before = f'if [ $SLURM_PROCID = {rank} ]; then set -- "$@" --bogus; fi'
+        refused(slurm_bed, tmp_path, command, told.format(rank, rank + 1), before)
+    logs = refused(slurm_bed, tmp_path, [*command, "--bogus"], told.format("[01]", "[12]"))
+    assert "".join(logs).count("--bogus") == 1, logs
+    text = "--prompts - works with one process"
+    logs = refused(slurm_bed, tmp_path, [*command, "--prompts", "-"], text)
+    assert "".join(logs).count(text) == 1, logs
 
 
 def test_checkpoint_that_one_node_does_not_see(slurm_bed, checkpoint, tmp_path):

@@ -123,7 +123,7 @@ def memory_text(pid: int) -> str:
 
 def _read(path: str) -> str:
     try:
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             return file.read()
     except OSError:
         return ""

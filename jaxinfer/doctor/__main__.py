@@ -26,6 +26,7 @@ from jaxinfer.doctor.judge import collective_findings, transport_findings
 from jaxinfer.doctor.show import merge, print_answer, write_answer
 from jaxinfer.doctor.versions import check_versions
 from jaxinfer.options import Parser, add_process_options
+from jaxinfer.screen import escape_unencodable
 
 LOCAL_SECONDS = 90.0  # for all that a rank looks at by itself
 MARGIN_SECONDS = 20.0
@@ -53,6 +54,7 @@ exit status: 0 no error, 1 an error, 2 wrong use.
 
 
 def main() -> None:
+    escape_unencodable()
     args = parse_arguments()
     try:
         launch = find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)

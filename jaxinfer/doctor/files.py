@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,11 +74,12 @@ def _read(paths: list[Path], most: int) -> tuple[int, float]:
 def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
     """The type of the file system that holds `path`."""
     path, best, kind = path.resolve(), -1, "an unknown file system"
-    for line in mounts.read_text().splitlines():
-        _, mount, name, *_ = line.split(" ")
-        point = Path(mount.encode().decode("unicode_escape"))  # a space is \040 there
+    for line in mounts.read_bytes().splitlines():
+        _, mount, name, *_ = line.split(b" ")
+        # a space is \040 there
+        point = Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), mount)))
         if path.is_relative_to(point) and len(point.parts) >= best:
-            best, kind = len(point.parts), name
+            best, kind = len(point.parts), name.decode()
     return kind
 
 

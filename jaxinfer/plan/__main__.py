@@ -1,7 +1,6 @@
 """``python -m jaxinfer.plan``: whether a model fits on GPUs, on which layouts, and how fast; without GPU or queue."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from jaxinfer.checkpoint.files import write_json
 from jaxinfer.cluster.cpu import ThreadPoolError
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.engine.config import DTYPES, EngineConfig
-from jaxinfer.options import Parser, add_process_options
+from jaxinfer.options import Parser, add_process_options, writable
 from jaxinfer.parallel.axes import LayoutError, parse_mesh
 from jaxinfer.plan.advice import advise
 from jaxinfer.plan.hardware import GPUS, Gpus, parse_gpus
 from jaxinfer.plan.layouts import Ask, Layout, consider, largest_batch, largest_context, meshes, rank
 from jaxinfer.plan.show import console, layouts_table, lines, memory_table
 from jaxinfer.plan.source import Source, read_source
+from jaxinfer.screen import escape_unencodable
 
 PROGRAM = "jaxinfer.plan"
 
@@ -88,12 +88,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--gpus is missing: 8xA100-40, say; types: {', '.join(GPUS)}")
     if args.check and args.gpus is not None:
         parser.error("--check looks at the devices that are here: leave --gpus out")
-    if args.json is not None and not args.check and not _writable(args.json):  # a check's first process alone writes
-        parser.error(f"--json {args.json}: no file can be written there")
+    if args.json is not None and not args.check and not writable(args.json):  # a check's first process alone writes
+        parser.error(f"--json: {args.json}: cannot be written")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
+    escape_unencodable()
     args = parse_arguments(argv)
     try:
         source = read_source(args.preset, args.model, args.config)
@@ -199,10 +200,6 @@ def _gpus(text: str) -> Gpus:
         return parse_gpus(text)
     except LayoutError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _writable(file: Path) -> bool:
-    return not file.is_dir() and os.access(file.parent, os.W_OK)
 
 
 def _count(text: str) -> int:

@@ -57,13 +57,8 @@ def find_process(program: str, args: argparse.Namespace) -> Launch | None:
     try:
         return find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)
     except ClusterError as error:
-        refuse(program, str(error))
-
-
-def refuse(program: str, text: str) -> NoReturn:
-    """Ends the program before it has begun: the user asked for what cannot be."""
-    print(f"{program}: error: {text}", file=sys.stderr)
-    sys.exit(2)
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def start(
