@@ -69,7 +69,7 @@ def test_shards_are_read_as_the_whole_is(tmp_path):
         split(path, shard, 2, part)
         assert read_file(str(part), DEFAULTS) == whole[shard::2]
     path.write_text("a", "utf-16")
-    with pytest.raises(ValueError, match="in.txt: found UTF-16"):
+    with pytest.raises(ValueError, match=r"in\.txt: found UTF-16"):
         split(path, 0, 2, part)
 
 
