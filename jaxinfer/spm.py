@@ -51,7 +51,8 @@ def notes(folder: Path) -> list[str]:
       ValueError: as `from_sentencepiece`.
     """
     _, config = from_sentencepiece(folder)
-    model = _model(folder).normalizer_spec
+    proto = _model(folder)
+    model, scores = proto.normalizer_spec, [piece.score for piece in proto.pieces if piece.type == piece.NORMAL]
     legacy, prefixed = config.get("legacy"), config.get("add_prefix_space")
     found = []
     if legacy is None:
@@ -66,6 +67,8 @@ def notes(folder: Path) -> list[str]:
         found.append(
             "the model normalizes text; so it is done, as in SentencePiece (transformers' fast classes do not)"
         )
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE and scores != sorted(scores, reverse=True):
+        found.append("pieces are joined by their scores, as in SentencePiece and transformers 4 (5: by their ids)")
     return [f"tokenizer.model: {each}" for each in found]
 
 

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from jaxinfer.tokenizer import encode, load_tokenizer, notes
 
@@ -202,6 +203,19 @@ def test_what_versions_of_transformers_see_differently_is_said(trained, tmp_path
     assert encode(load_tokenizer(tmp_path), "a")[0] == 1
     write(folder, trained["no space before"], {"legacy": False})
     assert notes(folder) == []
+
+
+def test_pieces_are_joined_by_their_scores(trained, tmp_path):
+    """Not by their ids, which have another order where double spaces come first, as in LLaMA 2."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(trained["bpe"].serialized_model_proto())
+    joined = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]
+    for piece, score in zip(joined, [piece.score for piece in joined][::-1]):
+        piece.score = score
+    reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    folder = write(tmp_path / "tokenizer", reference, {"legacy": False})
+    assert [note.partition(", ")[0] for note in notes(folder)] == ["tokenizer.model: pieces are joined by their scores"]
+    ids = encode(load_tokenizer(tmp_path), "answer")  # "▁a" before "an"
+    assert ids == [1, *reference.encode("answer")] != [1, *trained["bpe"].encode("answer")]
 
 
 def test_gemma_puts_no_space_before_a_text(trained, tmp_path):
