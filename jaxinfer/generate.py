@@ -19,6 +19,7 @@ from jaxinfer.options import (
     add_profile_options,
     add_sampling_options,
     sampling_params,
+    unicode,
 )
 from jaxinfer.outputs import OutputError, Writer, prepare, take_back
 from jaxinfer.process.agree import same_everywhere
@@ -98,7 +99,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what = "a model of configs/models: --model has to be it; without --model, --random-weights are its weights"
     group.add_argument("--preset", metavar="NAME", help=what)
     group.add_argument("--prompts", metavar="FILE", help="FILE.jsonl, FILE.txt or - for standard input")
-    group.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    what = "a prompt; may be given several times"
+    group.add_argument("--prompt", action="append", type=unicode, metavar="TEXT", help=what)
     group.add_argument("--output", metavar="OUT.jsonl", help="results; without it the text goes to the screen alone")
     group.add_argument("--print", action="store_true", help="show the text on the screen as well")
     group.add_argument("--strict", action="store_true", help="stop at the first bad line, before anything runs")

@@ -4,14 +4,16 @@ import codecs
 import difflib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.prompt import check_unicode, kind, shown, whole_numbers
 from jaxinfer.tokenizer import apply_chat, encode
 
 KINDS = ("prompt", "prompt_token_ids", "messages")
@@ -94,7 +96,7 @@ def parse_lines(
             if b"\0" in line:
                 raise ValueError("found a NUL byte, legal is UTF-8 text (UTF-16 without a byte order mark has them)")
             fields = _object(line) if as_json else {"prompt": line.decode().rstrip("\r")}
-            name = _id(fields, name)
+            name = record_id(fields, name)
             if name in seen:
                 raise ValueError(f"id: {name!r} is used by line {seen[name]} already")
             records.append(parse_record(fields, number, name, defaults))
@@ -107,26 +109,51 @@ def parse_lines(
     return records
 
 
+def prompt_fields(prompt: Any) -> dict[str, Any]:
+    """The fields of an input line for what a Python caller gives: a text, token ids, or the fields themselves.
+
+    Raises:
+      ValueError: none of those.
+    """
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
+        raise ValueError(f"found {shown(prompt)}, legal is a text, a list of token ids or a dict of {', '.join(KINDS)}")
+    return {"prompt_token_ids": prompt}
+
+
+def record_id(fields: dict[str, Any], default: str) -> str:
+    """Raises ValueError where the id is neither a text nor a whole number."""
+    name = fields.get("id")
+    if name is None:
+        return default
+    if isinstance(name, bool) or not isinstance(name, str | Integral):
+        raise ValueError(f"id: found {kind(name)}, legal is a string or a whole number")
+    check_unicode("id", name)
+    return str(name)
+
+
 def parse_record(fields: dict[str, Any], line: int, name: str, defaults: SamplingParams) -> InputRecord:
-    """One request from its fields, sampling fields over `defaults`.
+    """One request from its fields, sampling fields over `defaults`. Every way in leads through here, `Engine.add` alone
+    aside, which has no text.
 
     Raises:
       ValueError: an unknown field, no prompt or two, a prompt of the wrong form, an illegal sampling value.
     """
     for field in fields:
         if field not in FIELDS:
-            near = difflib.get_close_matches(field, FIELDS, 1)
+            near = difflib.get_close_matches(str(field), FIELDS, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown field {field!r}; {hint}legal: {', '.join(FIELDS)}")
+            raise ValueError(f"unknown field {shown(field)}; {hint}legal: {', '.join(FIELDS)}")
     kinds = [kind for kind in KINDS if fields.get(kind) is not None]
     if len(kinds) != 1:
         raise ValueError(f"found {' and '.join(kinds) or 'no prompt'}; legal is exactly one of {', '.join(KINDS)}")
-    kind = kinds[0]
-    problem = _PROBLEMS[kind](fields[kind])
-    if problem:
-        raise ValueError(f"{kind}: {problem}")
+    [given] = kinds
+    value = _VALUES[given](given, fields[given])
     overrides = {field: value for field, value in fields.items() if field != "id" and field not in KINDS}
-    return InputRecord(line, name, kind, fields[kind], defaults.merge(overrides))
+    return InputRecord(line, name, given, value, defaults.merge(overrides))
 
 
 def token_ids(record: InputRecord, tokenizer: Any) -> list[int]:
@@ -149,45 +176,27 @@ def _object(line: bytes) -> dict[str, Any]:
         raise ValueError(f"bad JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("bad JSON: nested too deeply") from None
+    except UnicodeDecodeError:
+        raise
+    except ValueError:  # of Python's int(), which refuses them
+        raise ValueError(f"bad JSON: a number of more than {sys.get_int_max_str_digits()} digits") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"found {_name(fields)}, legal is a JSON object")
-    if b"\\u" in line:
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("bad JSON: half of a surrogate pair (\\ud800 to \\udfff) stands alone") from None
+        raise ValueError(f"found {kind(fields)}, legal is a JSON object")
     return fields
 
 
-def _id(fields: dict[str, Any], default: str) -> str:
-    name = fields.get("id")
-    if name is None:
-        return default
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise ValueError(f"id: found {_name(name)}, legal is a string or a whole number")
-    return str(name)
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: found {kind(value)}, legal is a string")
+    check_unicode(name, value)
+    return str(value)
 
 
-def _text_problem(value: Any) -> str | None:
-    return None if isinstance(value, str) else f"found {_name(value)}, legal is a string"
+def _messages(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name}: found {kind(value)}, legal is a list of messages")
+    check_unicode(name, value)
+    return [dict(each) if isinstance(each, Mapping) else each for each in value]
 
 
-def _ids_problem(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return f"found {_name(value)}, legal is a list of whole numbers"
-    wrong = next((each for each in value if isinstance(each, bool) or not isinstance(each, int)), None)
-    return None if wrong is None else f"found {wrong!r} in the list, legal are whole numbers"
-
-
-def _messages_problem(value: Any) -> str | None:
-    return None if isinstance(value, list) else f"found {_name(value)}, legal is a list of messages"
-
-
-_PROBLEMS = {"prompt": _text_problem, "prompt_token_ids": _ids_problem, "messages": _messages_problem}
-
-
-def _name(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    if isinstance(value, list | tuple):
-        return "a list" if value else "an empty list"
-    return names.get(type(value), "an object")
+_VALUES = {"prompt": _text, "prompt_token_ids": whole_numbers, "messages": _messages}

@@ -16,8 +16,9 @@ from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.device import claim_memory
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.prompt import shown
 from jaxinfer.engine.request import Output, Request, Update
-from jaxinfer.inputs import InputRecord, parse_record, token_ids
+from jaxinfer.inputs import InputRecord, parse_record, prompt_fields, record_id, token_ids
 from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.stages import parse_stage_layers
 from jaxinfer.telemetry.progress import Progress
@@ -205,9 +206,8 @@ class LLM:
         params: Params | None = None,
     ) -> list[Completion]:
         """Answers one conversation or a list of them; a message is ``{"role": ..., "content": ...}``."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations = messages if several else [messages]
-        return self.generate([{"messages": [dict(each) for each in talk]} for talk in conversations], params)
+        several = isinstance(messages, list | tuple) and messages and not isinstance(messages[0], Mapping)
+        return self.generate([{"messages": talk} for talk in (messages if several else [messages])], params)
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Logprobs of each text's tokens, a BOS token that the tokenizer adds included.
@@ -278,23 +278,21 @@ class LLM:
         return requests
 
 
-def _pairs(
-    prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None
-) -> list[tuple[Prompt, Params | None]]:
-    if isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], Integral)):
+def _pairs(prompts: Any, params: Any) -> list[tuple[Any, Any]]:
+    """Each prompt with its parameters, whatever it is: `_record` looks."""
+    alone = isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__iter__")
+    prompts = [prompts] if alone else list(prompts)
+    if not alone and prompts and isinstance(prompts[0], Integral):
         prompts = [prompts]
-    each = params if isinstance(params, Sequence) else [params] * len(prompts)
+    each = params if isinstance(params, list | tuple) else [params] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"params: found {len(each)} for {len(prompts)} prompts; legal: one for all or one for each")
     return list(zip(prompts, each))
 
 
-def _record(prompt: Prompt, params: Params | None, place: int) -> InputRecord:
-    if isinstance(prompt, str):
-        fields: dict[str, Any] = {"prompt": prompt}
-    elif isinstance(prompt, Mapping):
-        fields = dict(prompt)
-    else:
-        fields = {"prompt_token_ids": [int(each) for each in prompt]}
+def _record(prompt: Any, params: Any, place: int) -> InputRecord:
+    if params is not None and not isinstance(params, SamplingParams | Mapping):
+        raise ValueError(f"params: found {shown(params)}; legal: SamplingParams or a dict of its fields")
+    fields = prompt_fields(prompt)
     defaults = params if isinstance(params, SamplingParams) else SamplingParams.from_dict(params or {})
-    return parse_record(fields, place + 1, str(fields.get("id", place)), defaults)
+    return parse_record(fields, place + 1, record_id(fields, str(place)), defaults)

@@ -152,7 +152,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, title: str) -> None:
     group = parser.add_argument_group(title)
     forms: dict[str, dict[str, Any]] = {
         "ignore_eos": {"action": "store_true", "default": None},
-        "stop": {"action": "append", "metavar": "TEXT"},
+        "stop": {"action": "append", "type": unicode, "metavar": "TEXT"},
         "stop_token_ids": {"type": _integers, "metavar": "ID,ID,..."},
         "logit_bias": {"type": _biases, "metavar": "ID=BIAS,..."},
     }
@@ -168,6 +168,24 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Raises ValueError for a value that is not legal."""
     given = {name: getattr(args, name) for name in attrs.fields_dict(SamplingParams)}
     return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
+
+
+def unicode(text: str) -> str:
+    """An argument that is read as UTF-8 in any locale; Python has half surrogate pairs for bytes of another encoding.
+
+    Raises:
+      argparse.ArgumentTypeError: it is not UTF-8.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        found = os.fsencode(text)
+    try:
+        return found.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{found[error.start]:02x} at byte {error.start + 1}"
+        raise argparse.ArgumentTypeError(f"not UTF-8: {byte} of {text!r}") from None
 
 
 def _flag(name: str) -> str:

@@ -70,6 +70,15 @@ def in_process(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     return ended.value.code, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--stop"])
+def test_an_argument_that_is_not_utf8(monkeypatch, capsys, option):
+    status, error = in_process(monkeypatch, capsys, "--model", "absent", "--prompt", "a", option, "caf\udce9")
+    assert status == 2 and f"error: argument {option}: not UTF-8: byte 0xe9 at byte 4 of 'caf\\udce9'" in error
+    # the bytes of UTF-8 in a locale that is ASCII
+    status, error = in_process(monkeypatch, capsys, "--model", "absent", "--prompt", "a", option, "caf\udcc3\udca9")
+    assert status == 2 and "absent" in error and "UTF-8" not in error
+
+
 def write_lines(path: Path, lines) -> Path:
     path.write_bytes(
         b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,6 +146,25 @@ def test_a_long_prompt_does_not_stall_decoding(tiny):
 def test_what_can_never_run_is_refused(tiny, prompt, params, message):
     with pytest.raises(ValueError, match=message):
         make_engine(tiny).add(Request("x", prompt, SamplingParams(**params)))
+
+
+def test_what_is_no_request_is_refused(tiny):
+    engine, params = make_engine(tiny), SamplingParams(max_new_tokens=2, ignore_eos=True)
+    for request, message in (
+        (Request("x", None, params), "prompt_token_ids: found null, legal is a list of whole numbers"),
+        (Request("x", "56", params), "prompt_token_ids: found a string"),
+        (Request("x", [5, "6"], params), "prompt_token_ids: found '6' in the list, legal are whole numbers"),
+        (Request("x", [5, 6.5], params), "prompt_token_ids: found 6.5 in the list"),
+        (Request("x", [5, True], params), "prompt_token_ids: found True in the list"),
+        (Request(5, [5], params), "id: found 5, legal is a string"),
+        (Request("\ud800", [5], params), "id: half of a surrogate pair"),
+        (Request("x", [5], {"max_new_tokens": 2}), "params: found {'max_new_tokens': 2}, legal is SamplingParams"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.add(request)
+        assert not engine.has_unfinished()
+    found = run(engine, {"x": np.array([5, 6], np.int16)}, params)["x", 0]
+    assert found.prompt_tokens == 2 and found.completion_tokens == 2
 
 
 def test_output_ends_with_the_context(tiny):

@@ -3,11 +3,14 @@
 import io
 import json
 import sys
+from argparse import ArgumentTypeError
 
+import numpy as np
 import pytest
 
 from jaxinfer.engine.params import SamplingParams
-from jaxinfer.inputs import InputError, InputRecord, read_file, token_ids
+from jaxinfer.inputs import InputError, InputRecord, parse_record, read_file, token_ids
+from jaxinfer.options import unicode
 from slurm.shards import split
 
 DEFAULTS = SamplingParams(temperature=0.5, max_new_tokens=9)
@@ -116,7 +119,13 @@ BAD = [
     ("[1]", "found a list, legal is a JSON object"),
     ("[" * 100_000, "bad JSON: nested too deeply"),
     (b'{"prompt": "\xff"}', "not UTF-8: byte 0xff at byte 13 of the line"),
-    ('{"prompt": "\\ud800"}', "bad JSON: half of a surrogate pair"),
+    ('{"prompt": "caf\\ud800"}', "prompt: half of a surrogate pair, '\\ud800', stands alone at character 4 of 'caf"),
+    (
+        '{"messages": [{"role": "user", "content": "\\udce9"}]}',
+        "messages: half of a surrogate pair, '\\udce9' (byte 0xe9",
+    ),
+    ('{"prompt": "a", "stop": "\\udfff"}', "stop: half of a surrogate pair, '\\udfff', stands alone at character 1"),
+    ('{"prompt": "a", "seed": %s}' % ("9" * 5000), "bad JSON: a number of more than 4300 digits"),
     (
         {"prompt": "a", "max_new_token": 5},
         "unknown field 'max_new_token'; did you mean 'max_new_tokens'? legal: id, prompt,",
@@ -145,6 +154,26 @@ def test_a_bad_line_says_why_and_the_rest_is_read(tmp_path, line, message):
     assert error.line == 2
     assert error.message.startswith(message)
     assert error.to_json() == {"id": error.id, "line": 2, "error": error.message}
+
+
+@pytest.mark.parametrize("prompt", ["{}", '{"prompt": 5}', '{"prompt": "a"}'])
+def test_an_id_that_is_no_text_is_not_written_to_the_output(tmp_path, prompt):
+    fields = prompt.replace("{", '{"id": "\\ud800", ').replace(", }", "}")
+    [error] = read(tmp_path, fields)
+    assert error.id == "1" and error.message.startswith("id: half of a surrogate pair")
+
+
+def test_numbers_of_numpy_become_pythons():
+    record = parse_record({"prompt_token_ids": np.array([3, 4], np.int32), "n": np.int64(2)}, 1, "1", DEFAULTS)
+    assert record.value == [3, 4] and {type(each) for each in record.value} == {int} and type(record.params.n) is int
+
+
+def test_an_argument_is_utf8_or_an_error():
+    """Whatever the locale: what Python could not decode by it is there in halves of surrogate pairs."""
+    assert unicode("a\nb") == "a\nb" and unicode("caf\xe9") == "caf\xe9"
+    assert unicode("caf\udcc3\udca9") == "café"
+    with pytest.raises(ArgumentTypeError, match=r"not UTF-8: byte 0xe9 at byte 4 of 'caf\\udce9'"):
+        unicode("caf\udce9")
 
 
 def test_an_id_is_used_once(tmp_path):

@@ -1,8 +1,10 @@
 """The Python interface, on the embedded model."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
@@ -84,6 +86,91 @@ def test_a_bad_prompt_stops_all_and_leaves_nothing(llm):
         llm.generate([[5], [5] * 256])
     assert not llm.engine.has_unfinished()
     assert llm.generate("a", GREEDY)[0].token_ids
+
+
+LEGAL = "legal is a text, a list of token ids or a dict of prompt, prompt_token_ids, messages"
+USER = {"role": "user", "content": "a"}
+NO_PROMPTS = [
+    (None, f"prompt 0: found None, {LEGAL}"),
+    (5, f"prompt 0: found 5, {LEGAL}"),
+    (b"ab", f"prompt 0: found b'ab', {LEGAL}"),
+    (["a", None], f"prompt 1: found None, {LEGAL}"),
+    (["a", float("nan")], f"prompt 1: found nan, {LEGAL}"),
+    (np.array([5.0, np.nan]), "prompt 0: found .*5.0.?, legal is a text"),
+    (["a", b"b"], "prompt 1: found b'b', legal"),
+    ([{"prompt": "a"}, {"prompt": b"b"}], "prompt 1: prompt: found bytes, legal is a string"),
+    (["a", {"prompt": float("nan")}], "prompt 1: prompt: found a number, legal is a string"),
+    (["a", {"prompt": None}], "prompt 1: found no prompt; legal is exactly one of"),
+    (["a", {5: "b"}], "prompt 1: unknown field 5; legal: id"),
+    (["a", {"prompt": "a", "id": 5.0}], "prompt 1: id: found a number, legal is a string or a whole number"),
+    (["a", {"prompt": "a", "id": "\ud800"}], r"prompt 1: id: half of a surrogate pair, '\\ud800', stands alone"),
+    (["a", {"prompt": "a", "max_new_tokens": "5"}], "prompt 1: max_new_tokens: '5' is not legal"),
+    (["a", "caf\udce9"], r"prompt 1: prompt: half of a surrogate pair, '\\udce9' \(byte 0xe9, not UTF-8\), stands"),
+    ([[5], [5, "6"]], "prompt 1: prompt_token_ids: found '6' in the list, legal are whole numbers"),
+    ([[5], [5, None]], "prompt 1: prompt_token_ids: found None in the list"),
+    ([[5], [5, 6.0]], "prompt 1: prompt_token_ids: found 6.0 in the list"),
+    ([[5], [5, [6]]], r"prompt 1: prompt_token_ids: found \[6\] in the list"),
+    ([True, False], "prompt 0: prompt_token_ids: found True in the list"),
+    ([[5], np.array([True])], "prompt 1: prompt_token_ids: found .*True.* in the list"),
+    ([[5], {"prompt_token_ids": "56"}], "prompt 1: prompt_token_ids: found a string, legal is a list of whole numbers"),
+    ([[5], {"prompt_token_ids": 5}], "prompt 1: prompt_token_ids: found a number, legal is a list"),
+    ([[5], {"prompt_token_ids": {5: 6}}], "prompt 1: prompt_token_ids: found an object, legal is a list"),
+    ([[5], {"messages": "hi"}], "prompt 1: messages: found a string, legal is a list of messages"),
+    ([[5], {"messages": [{"role": "user", "content": "\ud800"}]}], "prompt 1: messages: half of a surrogate pair"),
+    ([[5], []], "prompt 1: the prompt is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompts", "message"), NO_PROMPTS, ids=[str(each) for each in range(len(NO_PROMPTS))])
+def test_what_is_no_prompt_is_refused_and_leaves_nothing(llm, prompts, message):
+    for call in (llm.generate, lambda prompts: list(llm.stream(prompts)), llm.score):
+        with pytest.raises(ValueError, match=message):
+            call(prompts)
+    assert not llm.engine.has_unfinished()
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("x", "prompt 0: messages: found a string, legal is a list of messages"),
+        (None, "prompt 0: found no prompt"),
+        (5, "prompt 0: messages: found a number"),
+        ([], r"prompt 0: messages: \[\] is not legal; legal: a list of at least one message"),
+        ({"role": "user"}, "prompt 0: messages: found an object"),
+        (["x"], "prompt 0: messages: found a string"),
+        ([5], "prompt 0: messages: found a number"),
+        ([USER, 5], r"prompt 0: messages\[1\]: 5 is not legal; legal: an object with role and content"),
+        ([[USER], "x"], "prompt 1: messages: found a string"),
+        ([{"role": "user", "content": b"a"}], r"prompt 0: messages\[0\].content: b'a' is not legal; legal: a string"),
+        ([{"role": "user", "content": "\ud800"}], "prompt 0: messages: half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(llm, messages, message, monkeypatch):
+    monkeypatch.setattr(llm.engine.tokenizer, "chat_template", "{{ messages[0].content }}")
+    with pytest.raises(ValueError, match=message):
+        llm.chat(messages)
+    assert not llm.engine.has_unfinished()
+
+
+@pytest.mark.parametrize("params", [5, "x", SamplingParams, [5], ["x"], float("nan")])
+def test_what_is_no_parameters_is_refused(llm, params):
+    with pytest.raises(ValueError, match=r"prompt 0: params: found .*; legal: SamplingParams or a dict of its fields"):
+        llm.generate("a", params)
+    assert not llm.engine.has_unfinished()
+
+
+def test_prompts_however_they_are_held(llm):
+    short = {"max_new_tokens": 2, "ignore_eos": True}
+    [expected] = llm.generate([[5, 6, 7]], short)
+    ids = np.array([5, 6, 7], np.int32)
+    for prompts in (ids, [ids], ids[None], (5, 6, 7), [tuple(ids)], {"prompt_token_ids": ids}, iter([[5, 6, 7]])):
+        [found] = llm.generate(prompts, short)
+        assert found == replace(expected, samples=found.samples) and found.token_ids == expected.token_ids
+        assert {type(each) for each in found.prompt_token_ids} == {int}
+    a, b = llm.generate(np.array(["Once", "The"]), [short, None])
+    assert [len(a.token_ids), len(b.token_ids)] == [2, 64] and a.prompt_token_ids == llm.generate("Once")[
+        0
+    ].prompt_token_ids
 
 
 def test_a_score_is_the_logprob_of_the_text(llm):

@@ -26,7 +26,7 @@ from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.fit import fit_or_advise
 from jaxinfer.engine.memory import explained
 from jaxinfer.engine.programs import Program
-from jaxinfer.engine.request import Request, Stats, Update
+from jaxinfer.engine.request import Request, Stats, Update, checked
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
 from jaxinfer.engine.scheduler import Scheduler
@@ -131,10 +131,11 @@ class Engine:
         """Takes a request in; its samples are the sequences 0 to n - 1.
 
         Raises:
-          ValueError: an id in use, an empty prompt or one that fills the context, a token id or a sampling parameter
-            outside the vocabulary, or more tokens than the cache can ever hold.
+          ValueError: a request that is none, an id in use, an empty prompt or one that fills the context, a token id or
+            a sampling parameter outside the vocabulary, or more tokens than the cache can ever hold.
         """
         self._mend()
+        request = checked(request)
         prompt, params, model = tuple(request.prompt_token_ids), request.params, self.model
         vocabulary = model.vocab_size
         if request.id in self._open:

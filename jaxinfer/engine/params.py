@@ -7,6 +7,8 @@ from typing import Any
 
 import attrs
 
+from jaxinfer.engine.prompt import check_unicode
+
 MOST_BIASES = 300
 MOST_STOP_IDS = 64
 MOST_TOP_LOGPROBS = 20
@@ -72,6 +74,7 @@ def _stop(value: Any, name: str) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(each, str) and each for each in strings):
         raise ValueError(f"{name}: {value!r} is not legal; legal: a string that is not empty, or a list of such")
+    check_unicode(name, strings)
     return tuple(strings)
 
 

@@ -1,9 +1,10 @@
 """What goes into the engine and what comes out of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.prompt import check_unicode, shown, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,20 @@ class Request:
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+
+
+def checked(request: Request) -> Request:
+    """With the ids as a list of Python's integers.
+
+    Raises:
+      ValueError: the field that is of another kind.
+    """
+    if not isinstance(request.id, str):
+        raise ValueError(f"id: found {shown(request.id)}, legal is a string")
+    check_unicode("id", request.id)
+    if not isinstance(request.params, SamplingParams):
+        raise ValueError(f"params: found {shown(request.params)}, legal is SamplingParams")
+    return replace(request, prompt_token_ids=whole_numbers("prompt_token_ids", request.prompt_token_ids))
 
 
 @dataclass(frozen=True)
