@@ -1,11 +1,11 @@
 """Models by their shapes: the presets of configs/models, or a ``config.json``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxinfer.json_text import read_object
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families import from_hf
 from jaxinfer.presets import load_preset, names
@@ -23,14 +23,11 @@ def hf_config(name: str) -> dict[str, Any]:
     if name in NAMES:
         return load_preset(name).config
     try:
-        found = json.loads(Path(name).read_bytes())
+        return read_object(Path(name))
     except OSError as error:
         raise ValueError(f"model: {name!r}: {error.strerror}; legal: {', '.join(NAMES)}, or a config.json") from error
     except ValueError as error:
-        raise ValueError(f"model: {name} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"model: {name}: found {type(found).__name__}, legal is what a config.json holds")
-    return found
+        raise ValueError(f"model: {error}") from error
 
 
 def model_config(name: str) -> ModelConfig:

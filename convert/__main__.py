@@ -19,6 +19,7 @@ from jaxinfer.presets import PresetError, load_preset
 from jaxinfer.screen import escape_unencodable
 from jaxinfer.tokenizer import notes
 
+LONGEST_MESSAGE = 20_000
 DESCRIPTION = """\
 Converts a Hugging Face folder to a jaxinfer checkpoint, which loads onto any mesh. Reads .safetensors, or PyTorch .bin
 files without running code from their pickle. Works tensor by tensor: any model fits in a few GB of memory.
@@ -62,6 +63,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def printable(text: str) -> str:
+    """A message as a terminal may have it: files name tensors as they like, at any length and in escape sequences."""
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE]}... and {len(text) - LONGEST_MESSAGE} characters more"
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 when the checkpoint is complete, 1 when it is refused (reason on stderr), 130 when interrupted."""
     escape_unencodable()
@@ -73,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             preset.check(args.source, config, count_parameters(config))
         manifest, written = convert(args.source, args.output, args.dtype, args.verify)
     except (ConvertError, ConfigError, CheckpointError, PresetError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
+        print(f"convert: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("convert: interrupted; run the same command again to finish", file=sys.stderr)

@@ -11,6 +11,8 @@ from jaxinfer.models.families import leaves
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DTYPES = tuple(_NAMES.values())
 
+_LISTED = 40  # of the tensors that do not fit
+
 Plan = list[tuple[SourceTensor, tuple[Target, ...]]]
 
 
@@ -18,8 +20,8 @@ def make_plan(source: Source) -> Plan:
     """Tensors and their leaves, in the order of the files.
 
     Raises:
-      ConvertError: lists every tensor that is missing, unknown, of another shape than the config says or of a dtype
-        that is not floating point; or a tied model whose head differs from its embedding.
+      ConvertError: lists tensors that are missing, unknown, of another shape than the config says or of a dtype that
+        is not floating point; or a tied model whose head differs from its embedding.
     """
     known = names(source.config)
     table, tensors = known.targets(leaves(source.config)), _prefixed(source, known)
@@ -31,7 +33,8 @@ def make_plan(source: Source) -> Plan:
         elif tensor is not tied_head and not name.endswith(known.ignored):
             wrong.append(f"{tensor.name}: in {tensor.path.name}, but {source.config.architecture} has no such tensor")
     if wrong:
-        raise ConvertError(f"{source.folder}: {len(wrong)} tensors do not fit config.json:\n  " + "\n  ".join(wrong))
+        listed = wrong[:_LISTED] + [f"and {len(wrong) - _LISTED} more"] * (len(wrong) > _LISTED)
+        raise ConvertError(f"{source.folder}: {len(wrong)} tensors do not fit config.json:\n  " + "\n  ".join(listed))
     embed = next(name for name, targets in table.items() if targets[0].leaf == "embed")
     if tied_head is not None and not same_tensors(tied_head, tensors[embed]):
         raise ConvertError(

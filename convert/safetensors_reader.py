@@ -1,15 +1,16 @@
 """The safetensors format: eight bytes of header length, a JSON header, then the tensors without gaps."""
 
-import json
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from convert.tensor import ConvertError, SourceTensor, refuse_lfs_pointer, row_strides
+from convert.tensor import MOST_DIMENSIONS, ConvertError, SourceTensor, refuse_lfs_pointer, row_strides
+from jaxinfer import json_text
 
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 _ITEM_BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
-_LONGEST_HEADER = 100 << 20
+_LONGEST_HEADER = json_text.LONGEST  # the format allows 100 MB, some 1,000,000 tensors
 
 
 def open_safetensors(path: Path) -> dict[str, SourceTensor]:
@@ -32,35 +33,40 @@ def open_safetensors(path: Path) -> dict[str, SourceTensor]:
             raise ConvertError(f"{path}: truncated: {size} bytes, its header alone needs {8 + length}")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(path, pairs))
-        entries = {name: _entry(entry) for name, entry in header.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, ConvertError):
-            raise
-        raise ConvertError(f"{path}: its safetensors header is damaged: {error!r}") from error
+        header = json_text.parse(raw, pairs=lambda pairs: _unique(path, pairs))
+    except ConvertError:
+        raise
+    except ValueError as error:
+        raise ConvertError(f"{path}: its safetensors header is damaged: {error}") from error
+    if type(header) is not dict:
+        raise ConvertError(f"{path}: its safetensors header is damaged: {type(header).__name__}, expected an object")
+    entries = {name: _entry(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
     return _checked(path, entries, 8 + length, size)
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ConvertError(f"{path}: listed twice in the header: {', '.join(twice)}")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ConvertError(f"{path}: listed twice in the header: {twice}")
+    return found
 
 
-def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"sizes and offsets must be whole numbers from 0 up: {entry}")
-    return str(entry["dtype"]), shape, begin, end
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    fields = entry if type(entry) is dict else {}
+    dtype, shape, ends = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    right = type(shape) is list and len(shape) <= MOST_DIMENSIONS and type(ends) is list and len(ends) == 2
+    if not right or not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, *ends)):
+        legal = "a dtype, a shape and two data_offsets, of whole numbers from 0 up"
+        raise ConvertError(f"{path}: its safetensors header is damaged: tensor {name} needs {legal}")
+    if type(dtype) is not str or dtype not in _ITEM_BYTES:
+        raise ConvertError(f"{path}: tensor {name} has the unknown dtype {dtype!r}")
+    return dtype, tuple(shape), *ends
 
 
 def _checked(path: Path, entries: dict[str, Any], data_start: int, size: int) -> dict[str, SourceTensor]:
     tensors, expected, before = {}, 0, "the header"
     for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if dtype not in _ITEM_BYTES:
-            raise ConvertError(f"{path}: tensor {name} has the unknown dtype {dtype!r}")
         if end - begin != prod(shape) * _ITEM_BYTES[dtype]:
             needs = prod(shape) * _ITEM_BYTES[dtype]
             raise ConvertError(f"{path}: tensor {name} has {end - begin} bytes, {dtype} {list(shape)} needs {needs}")

@@ -1,6 +1,5 @@
 """A Hugging Face folder: which files count, what its config says, where every tensor is."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from convert.safetensors_reader import open_safetensors
 from convert.tensor import ConvertError, SourceTensor, refuse_lfs_pointer
 from convert.torch_reader import open_torch
+from jaxinfer.json_text import read_object
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf
 
@@ -57,12 +57,9 @@ def open_source(folder: str | Path) -> Source:
 def read_json(path: Path) -> dict[str, Any]:
     refuse_lfs_pointer(path)
     try:
-        data = json.loads(path.read_bytes())
+        return read_object(path)
     except ValueError as error:
-        raise ConvertError(f"{path}: damaged, not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConvertError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+        raise ConvertError(str(error)) from error
 
 
 Opener = Callable[[Path], dict[str, SourceTensor]]

@@ -15,6 +15,7 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 BLOCK = 16 << 20
+MOST_DIMENSIONS = 64  # as many as numpy and PyTorch know
 
 
 class ConvertError(ValueError):

@@ -12,12 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from convert.tensor import ConvertError, SourceTensor, refuse_lfs_pointer
+from convert.tensor import MOST_DIMENSIONS, ConvertError, SourceTensor, refuse_lfs_pointer
 from convert.unpickle import PickleError, unpickle
 
 _LONGEST_PICKLE = 4 << 20  # some 30,000 tensors
 _MOST_REPEATED = 64 << 20
-_MOST_DIMENSIONS = 64
 _STORAGES = {
     "BFloat16Storage": ("BF16", 2),
     "HalfStorage": ("F16", 2),
@@ -61,7 +60,7 @@ def _rebuild_tensor(
         raise PickleError(
             "a tensor whose storage, offset, shape or strides are none: sizes are whole numbers from 0 up"
         )
-    if len(shape) != len(strides) or len(shape) > _MOST_DIMENSIONS:
+    if len(shape) != len(strides) or len(shape) > MOST_DIMENSIONS:
         raise PickleError(f"a tensor of {len(shape)} dimensions with {len(strides)} strides")
     if any(rest[2:]):  # after requires_grad and hooks: bits that say that the numbers count as negated or conjugate
         raise PickleError("a tensor whose numbers mean others than they are (negated, conjugate)")

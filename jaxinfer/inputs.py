@@ -14,6 +14,7 @@ import attrs
 
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.prompt import check_unicode, kind, shown, whole_numbers
+from jaxinfer.json_text import parse
 from jaxinfer.tokenizer import apply_chat, encode
 
 KINDS = ("prompt", "prompt_token_ids", "messages")
@@ -171,15 +172,13 @@ def token_ids(record: InputRecord, tokenizer: Any) -> list[int]:
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(line.decode())
+        fields = parse(line.decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"bad JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("bad JSON: nested too deeply") from None
     except UnicodeDecodeError:
         raise
-    except ValueError:  # of Python's int(), which refuses them
-        raise ValueError(f"bad JSON: a number of more than {sys.get_int_max_str_digits()} digits") from None
+    except ValueError as error:
+        raise ValueError(f"bad JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"found {kind(fields)}, legal is a JSON object")
     return fields

@@ -34,7 +34,7 @@ TWICE = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"d
         ({"a": header_entry(8, 0, [2])}, 8, "tensor a has -8 bytes"),
         ({"a": header_entry(0, 4, [-1, -1])}, 4, "header is damaged: .*whole numbers"),
         ({"a": header_entry(0, 2, [4], "F4")}, 2, "tensor a has the unknown dtype 'F4'"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, 4, "header is damaged: KeyError"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4, "header is damaged: tensor a needs a dtype"),
         ({"a": 3}, 4, "header is damaged"),
         ([1, 2], 4, "header is damaged"),
         (b"{", 0, "header is damaged"),

@@ -198,3 +198,69 @@ def test_pickles_that_take_memory_or_time_or_what_is_not_theirs(tmp_path, bomb, 
     with pytest.raises(ConvertError, match=message) as error:
         open_torch(path)
     assert len(str(error.value)) < 400
+
+
+def test_entries_that_inflate_or_are_too_long_are_not_read(tmp_path, little_memory):
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({}), zipfile.ZIP_STORED)
+        with archive.open("x/byteorder", "w") as file:
+            for _ in range(1 << 6):
+                file.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 17
+    with pytest.raises(ConvertError, match=r"x/byteorder: expected one stored without compression, found zip method 8"):
+        open_torch(path)
+    _with_pickle(path, pickle.dumps({}), byteorder=bytes(1000))
+    with pytest.raises(ConvertError, match=r"x/byteorder has 1000 bytes: not plain weights"):
+        open_torch(path)
+    _with_pickle(path, b"]" * (5 << 20) + b".")
+    with pytest.raises(ConvertError, match=r"x/data.pkl has 5242881 bytes: not plain weights"):
+        open_torch(path)
+
+
+def test_one_number_repeated_to_terabytes_is_no_tensor(tmp_path):
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(1, 1024).expand(1 << 14, 1024)}, path)
+    assert open_torch(path)["a"].shape == (1 << 14, 1024)
+    torch.save({"a": torch.ones(1, 1024).expand(1 << 22, 1024)}, path)
+    with pytest.raises(ConvertError, match="tensor a has 4294967296 elements made of the 1024 of its storage"):
+        open_torch(path)
+
+
+ZIPS = {
+    # the directory's fields, by their place in an entry of it (APPNOTE 4.3.12)
+    "needs another version": (6, b"\xff\xff", "its directory cannot be read"),
+    "encrypted": (8, b"\x01\x08", "expected one stored without compression, found .*flags 0x801"),
+    "another method": (10, b"\x63\x00", "expected one stored without compression, found zip method 99"),
+    "a size beyond the file": (
+        20,
+        b"\xff\xff\xff\x7f" * 2,
+        "truncated: entry x/.* ends beyond the file|no local header",
+    ),
+    "somewhere else": (42, b"\x07\x00\x00\x00", "no local header of x/"),
+    "a name that is no text": (46, b"\xff\xff", "directory cannot be read|has another name"),
+    "the name of another": (46, b"y/", "the local header of y/.* has another name"),
+}
+
+
+@pytest.mark.parametrize("what", ZIPS)
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_damaged_directories_are_refused_in_our_own_words(tmp_path, what, which):
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(5)}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02") if which == "first" else data.rindex(b"PK\x01\x02")
+    place, new, message = ZIPS[what]
+    data[entry + place : entry + place + len(new)] = new
+    path.write_bytes(data)
+    with pytest.raises(ConvertError, match=message) as error:
+        open_torch(path)
+    assert "codec" not in str(error.value)
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(_with_pickle(path, pickle.dumps({})), "a") as archive, pytest.warns(UserWarning):
+        archive.writestr("x/data/0", b"other")
+    with pytest.raises(ConvertError, match="two entries of one name"):
+        open_torch(path)

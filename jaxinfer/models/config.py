@@ -2,15 +2,18 @@
 
 Here is what the families share; each family's file reads its own fields (`families.from_hf`)."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from math import inf
 from typing import Any
 
 from jaxinfer.checkpoint.files import CheckpointError
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+LARGEST = 2**31 - 1  # of sizes and token ids: arrays are counted in 32 bits
+MOST_LAYERS = 1000  # what is made per layer is made before a tensor is looked at
+LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 # what Hugging Face calls the same functions elsewhere
 SAME_ACTIVATION = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
 
@@ -130,16 +133,19 @@ def given(hf: dict[str, Any], name: str, default: bool | dict | list) -> Any:
 
 
 def number(values: dict[str, Any], name: str) -> float:
-    """Raises ConfigError where the field is absent or not a number above 0."""
-    value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+    """Raises ConfigError where the field is absent or not a number above 0 that a float can hold."""
+    value, most = values.get(name), sys.float_info.max
+    if isinstance(value, int) and value > most:
+        raise ConfigError(f"{name}: expected a number up to {most:g}, found one of {value.bit_length()} bits")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
         raise ConfigError(f"{name}: expected a number above 0, found {'nothing' if value is None else repr(value)}")
     return value
 
 
 def count(hf: dict[str, Any], name: str) -> int:
-    if int(number(hf, name)) != hf[name]:
-        raise ConfigError(f"{name}: expected a whole number, found {hf[name]!r}")
+    most = MOST_LAYERS if name in LAYER_COUNTS else LARGEST
+    if int(number(hf, name)) != hf[name] or hf[name] > most:
+        raise ConfigError(f"{name}: expected a whole number up to {most}, found {hf[name]!r}")
     return int(hf[name])
 
 
@@ -185,10 +191,10 @@ def special_tokens(hf: dict[str, Any], generation: dict[str, Any]) -> dict[str, 
     special = hf | {name: value for name, value in generation.items() if value is not None}
     eos = special.get("eos_token_id")
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(each) is not int for each in ends):
+    if not all(type(each) is int and abs(each) <= LARGEST for each in ends):
         raise ConfigError(f"eos_token_id: expected a token's number, or a list of them, found {eos!r}")
     start = special.get("bos_token_id")
-    if start is not None and type(start) is not int:
+    if start is not None and (type(start) is not int or abs(start) > LARGEST):
         raise ConfigError(f"bos_token_id: expected a token's number, found {start!r}")
     return {"bos_token_id": start, "eos_token_ids": tuple(ends)}
 
@@ -196,7 +202,10 @@ def special_tokens(hf: dict[str, Any], generation: dict[str, Any]) -> dict[str, 
 def stretched(rope: RopeConfig, context: int) -> int:
     """The context with the rope's factor, which stretches the trained one: config.json may give that as its maximum."""
     if rope.kind in ("linear", "dynamic", "yarn"):
-        return max(context, int(rope.parameters["original_max_position_embeddings"] * rope.parameters["factor"]))
+        trained, factor = rope.parameters["original_max_position_embeddings"], rope.parameters["factor"]
+        if factor > LARGEST / trained:
+            raise ConfigError(f"{rope.kind} rope's factor: {factor!r} times {trained} positions is above {LARGEST}")
+        return max(context, int(trained * factor))
     return context
 
 

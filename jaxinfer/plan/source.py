@@ -1,6 +1,5 @@
 """The model that is asked about: a preset, a checkpoint, a Hugging Face folder or its config.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import attrs
 
 from jaxinfer.checkpoint.manifest import NAME, Manifest, read_manifest
 from jaxinfer.engine.config import DTYPES
+from jaxinfer.json_text import read_object
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.presets import bare_manifest, load_preset
 
@@ -44,12 +44,7 @@ def read_source(preset: str | None, folder: Path | None, config: Path | None) ->
     if folder is not None and ((folder / NAME).exists() or not (folder / "config.json").exists()):
         return Source(str(folder), read_manifest(folder), folder)
     path = config or folder / "config.json"
-    try:
-        fields = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: not a config.json: found {type(fields).__name__}, legal is an object")
+    fields = read_object(path)
     return Source(str(config or folder), bare_manifest(fields, _dtype(fields)))
 
 
