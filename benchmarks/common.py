@@ -182,7 +182,7 @@ def start(args: argparse.Namespace) -> None:
         use_virtual_devices(args.cpu_devices)
     launch = find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)
     if launch is not None:
-        distributed.initialize(launch, f"{launch.host}:{launch.port}", 600)
+        distributed.start(launch)
 
 
 @attrs.frozen

@@ -4,14 +4,14 @@ import json
 import sys
 
 from jaxinfer.cluster.cpu import use_virtual_devices
-from jaxinfer.cluster.distributed import initialize
+from jaxinfer.cluster.distributed import start
 from jaxinfer.cluster.launch import find_launch
 
 
 def main():
     checkpoint, coordinator, count, index, devices, mesh = sys.argv[1:]
     use_virtual_devices(int(devices))
-    initialize(find_launch({}, coordinator, int(count), int(index)), coordinator, 100)
+    start(find_launch({}, coordinator, int(count), int(index)))
     from engine_run import make_engine, run, tokens
     from jaxinfer.engine.params import SamplingParams
 

@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from jaxinfer.cluster.hub import listen
 from jaxinfer.cluster.launch import find_launch, missed_srun
+from jaxinfer.cluster.ports import listen
 from jaxinfer.cluster.slurm import ClusterError
 from processes import free_port, own_environment
 
@@ -88,7 +88,7 @@ def test_alone_without_options_or_a_step():
 
 def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as other, pytest.raises(ClusterError, match="cannot be used: Address already"):
-        listen(other.getsockname()[1], "rank 0")
+        listen(find_launch({}, f"127.0.0.1:{other.getsockname()[1]}", 2, 0))
 
 
 WORK = """

@@ -18,7 +18,7 @@ from processes import free_port
 
 def launches(count: int) -> list[Launch]:
     port = free_port()
-    return [Launch("127.0.0.1", port, count, index, None, ("a",) * count, "7.0.0") for index in range(count)]
+    return [Launch("127.0.0.1", (port,), count, index, None, ("a",) * count, "7.0.0") for index in range(count)]
 
 
 def attend(launch: Launch, seconds: float, outcome: dict) -> threading.Thread:
@@ -52,7 +52,7 @@ def test_strangers_are_refused_and_absent_ranks_named():
     outcome: dict = {}
     threads = [attend(host, 3, outcome)]
     time.sleep(0.3)
-    with socket.create_connection((host.host, host.port)) as stranger:
+    with socket.create_connection((host.host, host.ports[0])) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         threads.append(attend(first, 3, outcome))
         other: dict = {}
@@ -72,7 +72,7 @@ def test_a_stranger_takes_no_rank_and_hears_nothing():
     hello = json.dumps({"run": host.run, "process": 1, "of": 2, "host": "nowhere"}).encode()
     time.sleep(0.3)
     for text in (struct.pack("!I", len(hello)) + hello, struct.pack("!I", 64) + b"0" * 64 + b"\0\0\0\x22" + b"0" * 34):
-        with socket.create_connection((host.host, host.port), 10) as stranger:
+        with socket.create_connection((host.host, host.ports[0]), 10) as stranger:
             stranger.sendall(text)
             said = b""
             while part := stranger.recv(4096):
@@ -80,7 +80,7 @@ def test_a_stranger_takes_no_rank_and_hears_nothing():
         # an answer is random, but for the signature
         assert host.run.encode() not in said and b"refused" not in said
     with contextlib.ExitStack() as stack:
-        crowd = [stack.enter_context(socket.create_connection((host.host, host.port), 10)) for _ in range(80)]
+        crowd = [stack.enter_context(socket.create_connection((host.host, host.ports[0]), 10)) for _ in range(80)]
         attend(first, 10, outcome).join()
         assert crowd[0].recv(1) == b""
     thread.join()
@@ -91,8 +91,8 @@ def test_a_stranger_takes_no_rank_and_hears_nothing():
 
 def test_another_program_on_the_port():
     host, first = launches(2)
-    with socket.create_server((host.host, host.port)) as server:
-        with pytest.raises(ClusterError, match=f"port {host.port} cannot be used"):
+    with socket.create_server((host.host, host.ports[0])) as server:
+        with pytest.raises(ClusterError, match=f"port {host.ports[0]} cannot be used"):
             meet(host, 1)
 
         def answer() -> None:
@@ -102,11 +102,25 @@ def test_another_program_on_the_port():
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(ClusterError, match=f"another program answers at {host.host}:{host.port}"):
+        with pytest.raises(ClusterError, match=f"another program answers at {host.host}:{host.ports[0]}"):
             meet(first, 0)
         thread.join()
     with pytest.raises(ClusterError, match=r"rank 0 at .* not reached in 1 s: .*refused"):
         meet(first, 1)
+
+
+def test_the_next_port_where_another_run_has_the_first():
+    other, port = launches(2), free_port()
+    outcome: dict = {}
+    threads = [attend(other[0], 20, {})]
+    time.sleep(0.3)
+    ours = [attrs.evolve(each, ports=(*each.ports, port), run="9.0.0") for each in other]
+    threads += [attend(launch, 20, outcome) for launch in ours]
+    for thread in threads[1:]:
+        thread.join()
+    assert outcome[0][1] == [{"from": 0}, {"from": 1}] and not outcome[0][0].missing
+    attend(other[1], 20, {}).join()
+    threads[0].join()
 
 
 def test_a_rank_that_goes_or_sticks_is_named():

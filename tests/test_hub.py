@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from jaxinfer.cluster.channel import accept, opening
+from jaxinfer.cluster.slurm import read_step
 from processes import free_port, own_environment
 
 # no JAX: what the ranks do is to wait for a line
@@ -123,6 +125,38 @@ def test_strangers_that_stay_keep_nobody_out():
         # one more than those that may wait ends the one that came first
         assert everything(crowd[0]) == b""
         assert ends([first, second]) == [(0, ""), (0, "")]
+
+
+def step(job: int, rank: int = 0, tasks: int = 1) -> dict[str, str]:
+    """The environment that srun gives to a task on this machine."""
+    return {
+        "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": str(tasks), "SLURM_LOCALID": str(rank), "SLURM_PROCID": str(rank),
+    }  # fmt: skip
+
+
+def test_jobs_that_have_a_port_in_common_run_at_once():
+    """Two tasks of an array that are 64 apart, on one node."""
+    jobs = [start((), **step(job, rank, 2)) for job in (7, 71) for rank in (0, 1)]
+    wait_for_start(jobs)
+    assert ends(jobs) == [(0, "")] * 4
+
+
+def test_a_step_of_one_task_needs_no_port():
+    with contextlib.ExitStack() as stack:
+        for port in read_step(step(7)).ports:
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        single = start((), **step(7))
+        wait_for_start([single])
+        assert ends([single]) == [(0, "")]
+
+
+def test_processes_of_one_node_cannot_be_reached_from_another():
+    both = [start((), **step(8, rank, 2)) for rank in (0, 1)]
+    wait_for_start(both)
+    connections = [each for each in psutil.Process(both[0].pid).net_connections() if each.status == psutil.CONN_LISTEN]
+    assert [each.laddr.ip for each in connections] == ["127.0.0.1"]
+    assert ends(both) == [(0, "")] * 2
 
 
 def test_two_that_say_they_are_rank_1(pair):

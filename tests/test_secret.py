@@ -11,8 +11,7 @@ import pytest
 
 from jaxinfer.cluster.channel import Channel, accept, answer, opening
 from jaxinfer.cluster.secret import VARIABLE, Secret, SecretError, file_key, key_of, make_secret
-from processes import free_port
-from test_hub import ends, start
+from test_hub import ends, start, step
 
 NOBODY = 65534
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a file of another user")
@@ -169,16 +168,7 @@ def test_another_users_credential_is_not_taken(munge):
         key_of("MUNGE:AwQFAAC5oC4C:", {})
 
 
-def step(rank: int, **more: str) -> dict[str, str]:
-    """As srun gives it to one of two tasks on this machine."""
-    return {
-        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2",
-        "SLURM_NODEID": "0", "SLURM_LOCALID": str(rank), "SLURM_PROCID": str(rank), **more,
-    }  # fmt: skip
-
-
 def test_ranks_meet_by_munge_where_they_share_no_folder(munge, tmp_path):
     (tmp_path / "none").touch()
-    options = (None, None, None, free_port())
-    ranks = [start(options, **step(rank, HOME=str(tmp_path / "none"))) for rank in (0, 1)]
+    ranks = [start((), **step(9, rank, 2), HOME=str(tmp_path / "none")) for rank in (0, 1)]
     assert ends(ranks) == [(0, ""), (0, "")]

@@ -55,8 +55,8 @@ def test_every_task_of_a_step_has_its_place(name):
             assert step.num_processes == len(tasks) == int(process["env"]["SLURM_STEP_NUM_TASKS"])
             assert step.task == int(process["env"]["SLURM_PROCID"])
         steps = [step for _, step in tasks]
-        assert {(step.hosts, step.tasks, step.job, step.port) for step in steps} == {
-            (steps[0].hosts, steps[0].tasks, steps[0].job, steps[0].port)
+        assert {(step.hosts, step.tasks, step.job, step.ports) for step in steps} == {
+            (steps[0].hosts, steps[0].tasks, steps[0].job, steps[0].ports)
         }
         in_order = sorted(steps, key=lambda step: step.process_id)
         assert [step.process_id for step in in_order] == list(range(len(tasks)))
@@ -158,8 +158,19 @@ def test_host_names_of_several_widths():
 def test_steps_of_one_job_have_ports_of_their_own():
     steps = [tasks[0][1] for tasks in read("batch-steps-at-once").values()]
     assert len({step.job for step in steps}) == 1
-    assert len({step.port for step in steps}) == len(steps) == 3
-    assert all(1024 < step.port < 65536 for step in steps)
+    assert len({step.ports[0] for step in steps}) == len(steps) == 3
+    assert all(1024 < port < 65536 for step in steps for port in step.ports)
+
+
+def test_jobs_that_have_a_port_in_common_differ_in_the_next():
+    env = CAPTURES["no-gpus"][0]["env"]
+    jobs = [read_step({**env, "SLURM_JOB_ID": str(7 + number)}).ports for number in range(256)]
+    assert jobs[0][0] == jobs[64][0] and not set(jobs[0][1:]) & set(jobs[64])
+    # all at once on one node, each with the first of its ports that is left
+    taken = set()
+    for ports in jobs:
+        taken.add(next(port for port in ports if port not in taken))
+    assert len(taken) == 256
 
 
 def test_a_requeued_job_is_another_run():
@@ -259,7 +270,7 @@ def test_what_nothing_follows_from_may_be_missing(change):
 )
 def test_steps_that_slurm_names_itself(text, number):
     step = read_step({**CAPTURES["gpus-per-node"][1]["env"], "SLURM_STEP_ID": text})
-    assert step.step == number and 1024 < step.port < 65536
+    assert step.step == number and all(1024 < port < 65536 for port in step.ports)
 
 
 def test_a_step_of_another_job_left_in_a_batch_script_is_none():

@@ -6,10 +6,31 @@ import socket
 import sys
 from typing import Any
 
+from jaxinfer.cluster.gather import meet
 from jaxinfer.cluster.launch import Launch
+from jaxinfer.cluster.ports import keep_coordinator
 from jaxinfer.cluster.slurm import ClusterError
 
 JOIN_SECONDS = 600  # the monitors bound it sooner and say who is missing
+
+
+def start(launch: Launch) -> None:
+    """As `initialize`, for a program without monitors: its processes agree on a coordinator among themselves.
+
+    Raises:
+      ClusterError: not all processes came.
+    """
+    if launch.num_processes == 1:
+        return initialize(launch, "", JOIN_SECONDS)
+    meeting = meet(launch, JOIN_SECONDS)
+    try:
+        if meeting.missing:
+            missing = "; ".join(f"rank {rank} {why}" for rank, why in sorted(meeting.missing.items()))
+            raise ClusterError(f"{launch.name}: {missing}")
+        coordinator, _kept = keep_coordinator(launch)
+        initialize(launch, meeting.share(coordinator, JOIN_SECONDS), JOIN_SECONDS)
+    finally:
+        meeting.close()
 
 
 def initialize(launch: Launch, coordinator: str, heartbeat_s: int) -> None:
@@ -25,7 +46,7 @@ def initialize(launch: Launch, coordinator: str, heartbeat_s: int) -> None:
     gpus = None if launch.gpus is None else list(launch.gpus)
     if launch.num_processes == 1:
         return
-    _bypass_proxies(launch.host)
+    _bypass_proxies(launch.address)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -33,6 +54,8 @@ def initialize(launch: Launch, coordinator: str, heartbeat_s: int) -> None:
             launch.process_id,
             local_device_ids=gpus,
             cluster_detection_method="deactivate",
+            # its default is all addresses
+            coordinator_bind_address=coordinator if launch.on_one_node else None,
             initialization_timeout=JOIN_SECONDS,
             # its own watch ends in an abort with a text for programmers: ours comes first
             heartbeat_timeout_seconds=heartbeat_s,

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxinfer.cluster.frames import Link, admit, introduce
 from jaxinfer.cluster.launch import Launch
+from jaxinfer.cluster.ports import listen
 from jaxinfer.cluster.secret import Secret, SecretError, make_secret
 from jaxinfer.cluster.slurm import ClusterError
 
@@ -122,26 +123,11 @@ def meet(launch: Launch, timeout_s: float) -> Meeting:
     return meeting
 
 
-def listen(port: int) -> socket.socket:
-    """A socket that listens on all addresses; port 0: one that is free.
-
-    Raises:
-      OSError: the port is taken or not allowed.
-    """
-    dual = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
-
-
 def _receive_peers(meeting: Meeting, timeout_s: float) -> None:
-    launch, deadline = meeting.launch, time.monotonic() + timeout_s
+    launch = meeting.launch
     door = Door(meeting, make_secret(os.environ, launch.step is not None))
-    try:
-        server = listen(launch.port)
-    except OSError as error:
-        raise ClusterError(
-            f"{launch.name}: port {launch.port} cannot be used: {error.strerror}; another program has it: end it, or "
-            "choose another port"
-        ) from None
+    server = listen(launch)
+    deadline = time.monotonic() + timeout_s
     said = False
     server.settimeout(POLL_SECONDS)
     with server:
@@ -186,7 +172,7 @@ class Door:
             hello = link.receive(deadline, LONGEST_HELLO)
             name, process = f"rank {hello['process']} on {hello['host']} ({address})", hello["process"]
             reason = _objection(launch, hello)
-            link.send({"refused": reason}, deadline)
+            link.send({"run": launch.run, "refused": reason}, deadline)
             if not reason:
                 for _ in range(PINGS):
                     link.receive(deadline, LONGEST_HELLO)
@@ -218,38 +204,44 @@ def _objection(launch: Launch, hello: dict[str, Any]) -> str:
 
 def _reach_host(meeting: Meeting, timeout_s: float) -> None:
     launch, began = meeting.launch, time.monotonic()
-    where = f"{launch.host}:{launch.port}"
     while True:
-        try:
-            meeting.clock_s, meeting.round_trip_s, meeting._peers[0] = _say_hello(launch, launch.port)
-            return
-        except (OSError, SecretError) as error:
-            if time.monotonic() - began > timeout_s:
-                found = ", ".join(addresses(launch.host)) or "no known name"
-                raise ClusterError(
-                    f"{launch.name}: rank 0 at {where} not reached in {timeout_s:.0f} s: {error} ({launch.host} is "
-                    f"{found} here; does rank 0 run there? do the nodes reach each other's ports?)"
-                ) from None
-            time.sleep(RETRY_SECONDS)
+        errors = []
+        for port in launch.ports:
+            try:
+                meeting.clock_s, meeting.round_trip_s, meeting._peers[0] = _say_hello(launch, port)
+                return
+            except ConnectionRefusedError as error:  # tells least
+                errors.append(str(error))
+            except (OSError, SecretError) as error:
+                errors.insert(0, str(error))
+        if time.monotonic() - began > timeout_s:
+            found = ", ".join(addresses(launch.host)) or "no known name"
+            raise ClusterError(
+                f"{launch.name}: rank 0 at {launch.place} not reached in {timeout_s:.0f} s: {errors[0]} ({launch.host} "
+                f"is {found} here; does rank 0 run there? do the nodes reach each other's ports?)"
+            )
+        time.sleep(RETRY_SECONDS)
 
 
 def _say_hello(launch: Launch, port: int) -> tuple[float, float, Link]:
     """How far this clock is ahead and how exactly that is known, in seconds, and process 0.
 
     Raises:
-      OSError: nothing answers there, or something else.
-      SecretError: this process has no secret.
-      ClusterError: process 0 refuses this process.
+      OSError: nothing answers there, or something else, another run's process 0 say.
+      ClusterError: process 0 refuses this process, SecretError: it has no secret.
     """
     me = {"process": launch.process_id, "of": launch.num_processes, "host": socket.gethostname()}
     deadline = time.monotonic() + HELLO_SECONDS
-    peer = socket.create_connection((launch.host, port), HELLO_SECONDS)
+    peer = socket.create_connection((launch.address, port), HELLO_SECONDS)
     try:
         host = introduce(peer, deadline)
         host.send({"run": launch.run, **me}, deadline)
-        reason = host.receive(deadline, LONGEST_HELLO)["refused"]
-        if reason:
-            raise ClusterError(f"{launch.name}: refused by rank 0 at {launch.host}:{port}: {reason}")
+        answer = host.receive(deadline, LONGEST_HELLO)
+        if answer["refused"]:
+            text = f"refused by rank 0 at {launch.host}:{port}: {answer['refused']}"
+            if answer["run"] != launch.run and len(launch.ports) > 1:  # ours may have another
+                raise ConnectionError(text)
+            raise ClusterError(f"{launch.name}: {text}")
         clock = _compare_clocks(host, deadline)
         host.send("ready", deadline)
         return *clock, host

@@ -5,7 +5,6 @@ Whoever else connects is told nothing and changes nothing.
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import time
@@ -16,14 +15,12 @@ import attrs
 from jaxinfer.cluster.launch import Launch
 from jaxinfer.cluster.pulse import DRAIN, PAUSE_SECONDS, Limits, Pulse
 from jaxinfer.cluster.secret import VARIABLE, Secret
-from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.verdict import Rank, Verdict, judge
 from jaxinfer.cluster.wire import LONGEST, Peer, admit, pair
 
 TICK_SECONDS = 0.1
 PING_SECONDS = 1.0
 HARD_SECONDS = 5.0  # beyond the grace, for a worker that does not come to its next step
-BIND_SECONDS = 5.0  # for the port of an earlier start that is just ending
 HELLO_SECONDS = 10.0  # for a connection to show that it is of this run
 STRANGERS = 64  # connections that have not, beside those of ranks that are yet to come; one more ends the oldest
 STEPPING = ("prefill", "decode", "compile", "end")
@@ -75,7 +72,7 @@ class Hub:
 
     async def listen(self, listening: socket.socket, secret: Secret) -> None:
         """Takes the connections of other processes."""
-        self._secret = secret
+        self._secret, self._port = secret, listening.getsockname()[1]
         # it closes with the process: to wait for that here would be to wait for everybody's connection (Python 3.12)
         self._server = await asyncio.start_server(self._serve, sock=listening, limit=LONGEST)
 
@@ -134,7 +131,7 @@ class Hub:
             tuple(missing),
             f"{len(self._members)} of {count} ranks are there after {waited:.0f} s; missing: {text} (bound "
             f"{self._limits.start:g} s, --start-s; did it start? does {self._launch.host} resolve there, and is port "
-            f"{self._launch.port} open?{self._unproven()})",
+            f"{self._port} open?{self._unproven()})",
         )
 
     def _unproven(self) -> str:
@@ -271,34 +268,6 @@ class Hub:
         if not self._signal:
             self._signal, self._stopped = number, time.monotonic()
             self._wake.set()
-
-
-def listen(port: int, name: str) -> socket.socket:
-    """The hub's socket, on all addresses.
-
-    Raises:
-      ClusterError: the port is taken, by another run say.
-    """
-    until = time.monotonic() + BIND_SECONDS
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    while True:
-        try:
-            return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
-        except OSError as error:
-            if time.monotonic() > until:
-                what = f"{name}: port {port} cannot be used: {os.strerror(error.errno)}"
-                raise ClusterError(f"{what}; choose another (--port, or --coordinator)") from None
-            time.sleep(0.2)
-
-
-def reserve_port() -> socket.socket:
-    """Keeps a free port for JAX's coordinator: gRPC shares ports of its own user, and others do not get it."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    kept = socket.socket(family, socket.SOCK_STREAM)
-    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    kept.bind(("", 0))
-    return kept
 
 
 def orders(pulse: Pulse, what: int, step: int) -> None:

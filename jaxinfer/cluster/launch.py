@@ -13,12 +13,15 @@ from jaxinfer.cluster.slurm import ClusterError, read_step
 SCONTROL_S = 5.0  # for a controller that is busy: the answer is a warning's
 
 
+LOOPBACK = "127.0.0.1"
+
+
 @attrs.frozen
 class Launch:
     """One process of a run.
 
     Attributes:
-      host, port: where process 0 listens for the others.
+      host, ports: where process 0 listens for the others: at the first of these that is free there.
       num_processes, process_id: how many, and which one this is.
       gpus: those of this process, as indices into the visible ones; None: all that are visible.
       hosts: of each process, as far as it is known before they meet ("" where not).
@@ -27,7 +30,7 @@ class Launch:
     """
 
     host: str
-    port: int
+    ports: tuple[int, ...]
     num_processes: int
     process_id: int
     gpus: tuple[int, ...] | None
@@ -38,6 +41,25 @@ class Launch:
     @property
     def name(self) -> str:
         return f"rank {self.process_id}/{self.num_processes} on {socket.gethostname()}"
+
+    @property
+    def on_one_node(self) -> bool:
+        """Whether the processes need no address that others can reach."""
+        return len(set(self.hosts)) == 1 or self.host in ("localhost", LOOPBACK)
+
+    @property
+    def address(self) -> str:
+        """Of process 0, for the others."""
+        return LOOPBACK if self.on_one_node else self.host
+
+    @property
+    def port_text(self) -> str:
+        return " or ".join(map(str, self.ports))
+
+    @property
+    def place(self) -> str:
+        """Where process 0 is looked for."""
+        return f"{self.host}:{self.port_text}"
 
 
 def find_launch(
@@ -57,7 +79,7 @@ def find_launch(
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise ClusterError(f"process_id: found {process_id} of {num_processes}, legal is 0 to num_processes - 1")
         hosts = (host, *("",) * (num_processes - 1))
-        return Launch(host, found, num_processes, process_id, None, hosts, coordinator)
+        return Launch(host, (found,), num_processes, process_id, None, hosts, coordinator)
     step = read_step(env, count_gpus())
     if step is None:
         return None
@@ -65,7 +87,7 @@ def find_launch(
         raise ClusterError(f"port: found {port}, legal is 1 to 65535")
     return Launch(
         host=step.hosts[0],
-        port=port or step.port,
+        ports=(port,) if port else step.ports,
         num_processes=step.num_processes,
         process_id=step.process_id,
         gpus=step.gpus,

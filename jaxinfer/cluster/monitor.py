@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from jaxinfer.cluster import hub as hubs
 from jaxinfer.cluster.launch import Launch
+from jaxinfer.cluster.ports import keep_coordinator, listen
 from jaxinfer.cluster.pulse import PAUSE_SECONDS, STOP_SIGNALS, Limits, Pulse
 from jaxinfer.cluster.secret import Secret, make_secret
 from jaxinfer.cluster.slurm import ClusterError
@@ -67,7 +68,7 @@ def supervise(
     try:
         if launch.process_id == 0 and launch.num_processes > 1:
             secret = make_secret(os.environ, launch.step is not None)
-            door = (hubs.listen(launch.port, launch.name), secret)
+            door = (listen(launch), secret)
     except ClusterError as error:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -137,9 +138,8 @@ class Monitor:
         if door:
             await hub.listen(*door)
         following = asyncio.create_task(self._follow())
-        kept = hubs.reserve_port()
-        host = f"[{self._launch.host}]" if ":" in self._launch.host else self._launch.host
-        verdict = await hub.run(f"{host}:{kept.getsockname()[1]}")
+        coordinator, self._kept = keep_coordinator(self._launch)
+        verdict = await hub.run(coordinator)
         await self._conclude(hub, verdict)
         following.cancel()
         return verdict.status
@@ -211,28 +211,41 @@ class Monitor:
 
     async def _connect(self) -> Peer | None:
         """Finds process 0 and says hello; None after the bound for the start."""
-        launch, began, said, error = self._launch, time.monotonic(), False, ""
+        launch, began, said = self._launch, time.monotonic(), False
         while self._ended is None and not self._signal:
-            try:
-                peer = await (self._hub.own() if self._hub else reach(launch.host, launch.port, ANSWER_SECONDS))
-                error = await self._introduce(peer)
-                if not error:
-                    return peer
-            except (OSError, ClusterError) as found:
-                error = str(found) or type(found).__name__
+            peer, error = await self._find()
+            if peer:
+                return peer
             waited = time.monotonic() - began
             if waited > self._limits.start:
-                place, hint = f"{launch.host}:{launch.port}", "does rank 0 run there? does the name resolve here?"
-                self._say(
-                    f"error: {launch.name}: coordinator {place} not reachable in {self._limits.start:g} s: {error} "
-                    f"({hint} is the port open?)"
-                )
+                what = f"coordinator {launch.place} not reachable in {self._limits.start:g} s: {error}"
+                hint = "does rank 0 run there? does the name resolve here? is the port open?"
+                self._say(f"error: {launch.name}: {what} ({hint})")
                 return None
             if waited > QUIET_SECONDS and not said:
-                self._say(f"{launch.name}: waiting for coordinator {launch.host}:{launch.port}: {error}")
+                self._say(f"{launch.name}: waiting for coordinator {launch.place}: {error}")
                 said = True
             await asyncio.sleep(RETRY_SECONDS)
         return None
+
+    async def _find(self) -> tuple[Peer | None, str]:
+        """Process 0, at one of its ports, else why not."""
+        launch, errors = self._launch, []
+        if self._hub:
+            peer = await self._hub.own()
+            return peer, await self._introduce(peer)
+        for port in launch.ports:
+            try:
+                peer = await reach(launch.address, port, ANSWER_SECONDS)
+                error = await self._introduce(peer)
+                if not error:
+                    return peer, ""
+                errors.insert(0, error)
+            except ConnectionRefusedError as found:  # tells least
+                errors.append(str(found))
+            except (OSError, ClusterError) as found:
+                errors.insert(0, str(found) or type(found).__name__)
+        return None, errors[0]
 
     async def _introduce(self, peer: Peer) -> str:
         """Says hello; why it is not heard, else nothing."""

@@ -1,6 +1,8 @@
 """What Slurm tells the tasks of an srun step, as pure functions of their environment."""
 
+import hashlib
 import re
+import struct
 from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
@@ -10,7 +12,8 @@ import attrs
 from jaxinfer.cluster.visible import visible_devices
 
 FIRST_PORT, PORTS = 61440, 4096  # above the ports that Linux hands out by itself
-STEPS = 64  # steps of one job that have ports of their own
+CHOICES = 4  # ports of a step
+STEPS = 64  # steps of one job whose first ports differ
 # what Slurm itself counts these steps as
 NAMED_STEPS = {"interactive": 0xFFFFFFFA, "batch": 0xFFFFFFFB, "extern": 0xFFFFFFFC}
 ADVICE = (
@@ -62,9 +65,13 @@ class Step:
         return f"{self.job}.{self.step}.{self.restart}"
 
     @property
-    def port(self) -> int:
-        """Of the job and the step: steps of one job that run at once do not meet."""
-        return FIRST_PORT + (self.job * STEPS + self.step % STEPS) % PORTS
+    def ports(self) -> tuple[int, ...]:
+        """Of the job and the step, to be tried in this order: others may have the first, or all but one."""
+        first = self.job * STEPS + self.step % STEPS
+        # as if by chance: of two jobs that have one of them in common the next differ
+        digest = hashlib.sha256(f"{self.job}.{self.step}".encode()).digest()
+        more = struct.unpack_from(f"!{CHOICES - 1}H", digest)
+        return tuple(FIRST_PORT + number % PORTS for number in (first, *more))
 
 
 def expand_hosts(text: str) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from jaxinfer import __version__
 from jaxinfer.cluster.fabric import infiniband_ports
-from jaxinfer.cluster.gather import Meeting, listen, meet
+from jaxinfer.cluster.gather import Meeting, meet
 from jaxinfer.cluster.launch import Launch, find_launch
+from jaxinfer.cluster.ports import keep_coordinator
 from jaxinfer.cluster.secret import VARIABLE, SecretError
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.doctor.collective import merge_nccl, run_probe
@@ -104,7 +105,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def examine(args: argparse.Namespace, launch: Launch | None) -> int:
     """The whole examination; the exit status of this process."""
-    alone = Launch("127.0.0.1", 0, 1, 0, None, (socket.gethostname(),), "alone")
+    alone = Launch("127.0.0.1", (), 1, 0, None, (socket.gethostname(),), "alone")
     where, common = launch or alone, []
     try:
         meeting = meet(where, args.start_s)
@@ -173,7 +174,9 @@ def _together(args: argparse.Namespace, where: Launch, meeting: Meeting, report:
     gpus = any(each.facts.get("gpus") or each.facts.get("no_nvml") for each in reports)
     plan = None
     if not meeting.missing and found is not None:
-        plan = {"coordinator": f"{_bracketed(where.host)}:{_free_port()}", "gpus": gpus}
+        # its probe takes the port, of the same user
+        coordinator, _kept = keep_coordinator(where)
+        plan = {"coordinator": coordinator, "gpus": gpus}
     # who was quick waits for rank 0, and rank 0 for who is slow
     plan = meeting.share(plan, LOCAL_SECONDS + patience + MARGIN_SECONDS)
     result = plan and run_probe(os.environ, where, plan["coordinator"], plan["gpus"], args.timeout_s)
@@ -181,7 +184,7 @@ def _together(args: argparse.Namespace, where: Launch, meeting: Meeting, report:
     results = meeting.gather(result, patience)
     status = 0
     if results is not None:
-        lost = missing_ranks(meeting.missing, where.hosts, f"{where.host}:{where.port}")
+        lost = missing_ranks(meeting.missing, where.hosts, where.place)
         common += [*compare(reports), *_probe_findings(reports, results, gpus, plan is not None)]
         lines = merge(reports, [*common, *refused_peers(meeting.refused), *lost])
         print_answer(reports, lines, where.num_processes)
@@ -206,16 +209,6 @@ def _probe_findings(reports: list[Report], results: list[Any], gpus: bool, ran: 
         nvlink = any(gpu["nvlinks"] for report in reports for gpu in report.facts.get("gpus", []))
         findings += transport_findings(merge_nccl(logs), ports, nvlink, reports[0].facts.get("container", ""))
     return findings
-
-
-def _free_port() -> int:
-    # not the meeting's own; another program might take it before JAX does, which the probe then says
-    with listen(0) as probe:
-        return int(probe.getsockname()[1])
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 if __name__ == "__main__":

@@ -98,10 +98,10 @@ def check_step(env: Mapping[str, str], launch: Launch | None) -> tuple[list[Find
         findings = [ok("launch", "one process, no Slurm step")]
         return [*findings, *_missed(env, launch)], {}
     if launch.step is None:
-        return [ok("launch", f"{launch.num_processes} processes by --coordinator {launch.host}:{launch.port}")], {}
+        return [ok("launch", f"{launch.num_processes} processes by --coordinator {launch.place}")], {}
     nodes = len(set(launch.hosts))
     text = f"Slurm step {launch.step}: {launch.num_processes} tasks on {nodes} node{'s'[: nodes > 1]}, "
-    findings = [ok("launch", text + f"rank 0 at {launch.host}:{launch.port}"), *_missed(env, launch)]
+    findings = [ok("launch", text + f"rank 0 at {launch.place}"), *_missed(env, launch)]
     if launch.process_id == 0 and launch.num_processes > 1:
         findings += _kill_on_bad_exit(env)
     return findings, {"gpus_on_node": int(env.get("SLURM_GPUS_ON_NODE") or 0)}

@@ -21,7 +21,6 @@ from jaxinfer.plan.predict import Place, Workload, predict
 from jaxinfer.plan.show import console, lines, memory_table
 from jaxinfer.plan.source import Source
 
-START_S = 600
 GIB = 1 << 30
 ORDINARY = 3  # below are the start and end tokens of most vocabularies
 
@@ -114,7 +113,7 @@ def start(args: argparse.Namespace) -> None:
         use_virtual_devices(args.cpu_devices)
     launch = find_launch(os.environ, args.coordinator, args.num_processes, args.process_id, args.port)
     if launch is not None:
-        distributed.initialize(launch, f"{launch.host}:{launch.port}", START_S)
+        distributed.start(launch)
 
 
 def here() -> Gpus | None:
