@@ -22,8 +22,15 @@ needs_apptainer() {
   apptainer --version >/dev/null 2>&1 || fail "apptainer is not on the PATH here (on some clusters: module load apptainer)"
 }
 
-base() {
+can_build() {
   needs_apptainer
+  [ "$(id -u)" != 0 ] || grep -qsE '^(root|0):' /etc/subuid ||
+    fail "Apptainer builds as an ordinary user here, not as root, who is not in /etc/subuid: runuser -u USER -- $0 ... (with" \
+      "BUNDLE and SIF in folders of that user)"
+}
+
+base() {
+  can_build
   mkdir -p "$BUNDLE"
   build_image "$BUNDLE/base.sif" "$BOOTSTRAP" "$BASE" slurm/base.def
 }
@@ -62,7 +69,7 @@ wheels() {
 
 build() {
   local app=$BUNDLE/app wrong
-  needs_apptainer
+  can_build
   [ -e "$BUNDLE/base.sif" ] || fail "$BUNDLE/base.sif is missing: where there is internet, run $0 base"
   [ -e "$app/SHA256SUMS" ] || fail "$app is missing or not whole: where there is internet, run $0 wheels"
   wrong=$(cd "$app" && sha256sum --check --quiet SHA256SUMS 2>/dev/null) ||

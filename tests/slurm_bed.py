@@ -231,7 +231,7 @@ _beds: list[Bed] = []
 
 @pytest.fixture(scope="session")
 def slurm_bed() -> Iterator[Bed]:
-    """The worker's bed: four nodes, each with two GPUs (for scheduling only) and 16 CPUs."""
+    """The worker's bed: four nodes, each with two GPUs (for scheduling only) and 32 CPUs."""
     with testbed(f"test-{os.getpid()}", "--nodes", "4", "--gpus", "2") as bed:
         _beds.append(bed)
         yield bed

@@ -105,6 +105,20 @@ def copy(image: Path, to: Path) -> None:
     os.replace(f"{to}.{os.getpid()}", to)
 
 
+def test_root_is_told_to_build_as_somebody_else(tmp_path):
+    if os.geteuid() != 0 or not shutil.which("apptainer"):
+        pytest.skip("it needs root and Apptainer (slurm/testbed/install-apptainer.sh)")
+    if any(line.startswith(("root:", "0:")) for line in open("/etc/subuid")):
+        pytest.skip("Apptainer takes this root: /etc/subuid has it")
+    for half in ("base", "download", "build"):
+        done = run(ROOT / SCRIPT, half, env={"BUNDLE": tmp_path / "bundle"}, ok=False)
+        assert done.returncode == 2 and len(done.stdout.splitlines()) == 1, done.stdout
+        assert done.stdout.startswith(
+            "error: Apptainer builds as an ordinary user here, not as root, who is not in /etc"
+        )
+        assert "runuser -u USER -- " in done.stdout and not (tmp_path / "bundle").exists()
+
+
 @pytest.fixture(scope="module")
 def image(place):
     folder, settings = place

@@ -56,6 +56,15 @@ def test_two_beds_and_their_own_jobs(name):
     assert not traces(f"other-{name}")
 
 
+def test_the_job_scripts_are_taken_as_they_are(name):
+    scripts = [path for path in sorted(TESTBED.parent.glob("*.sh")) if "#SBATCH" in path.read_text()]
+    assert len(scripts) == 6
+    with start_bed(name) as bed:
+        for script in scripts:
+            done = bed.run(["sbatch", "--test-only", "--account=ACCOUNT", script])
+            assert done.returncode == 0, f"{script.name}: {done.stderr}"
+
+
 def test_bed_ends_with_its_owner(name):
     owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     try:

@@ -1,5 +1,6 @@
 """What the processes of a run do together: join, share, compare, wait."""
 
+import ctypes
 import json
 import os
 import socket
@@ -47,6 +48,7 @@ def initialize(launch: Launch, coordinator: str, heartbeat_s: int) -> None:
     if launch.num_processes == 1:
         return
     _bypass_proxies(launch.address)
+    _silence_cout()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -84,6 +86,23 @@ def _bypass_proxies(host: str) -> None:
     if any(name.lower().endswith("_proxy") for name in os.environ):  # gRPC would send the start-up through http_proxy
         for name in ("no_proxy", "NO_PROXY"):
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
+
+
+def _silence_cout() -> None:
+    """Ends C++'s standard output, that of C and Python goes on: Gloo tells of each connection there, and nobody else.
+
+    It is ``std::cout.setstate(std::ios::badbit)``, since Gloo has no setting for it and knows no log.
+    """
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")  # by this name it is the one that jaxlib has loaded
+        cout = ctypes.addressof(ctypes.c_void_p.in_dll(library, "_ZSt4cout"))
+        clear = library["_ZNSt9basic_iosIcSt11char_traitsIcEE5clearESt12_Ios_Iostate"]
+    except (OSError, ValueError, AttributeError):
+        return
+    # the state is in a virtual base; where that lies stands before the object's table (Itanium C++ ABI, 2.5.2)
+    table = ctypes.c_void_p.from_address(cout).value or 0
+    place = ctypes.c_ssize_t.from_address(table - 3 * ctypes.sizeof(ctypes.c_void_p)).value
+    clear(ctypes.c_void_p(cout + place), 1)
 
 
 def share(value: Any) -> Any:

@@ -13,7 +13,7 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "$0")" && pwd)
 REGISTRY=/run/slurm-testbed      # one link per bed: its number -> its run folder
-NAME=default NODES=4 NAMES='' GPUS=2 CPUS=16 MEMORY=16000 ACCOUNTING=0 MODE='' OWNER=''
+NAME=default NODES=4 NAMES='' GPUS=4 CPUS=32 MEMORY=256000 ACCOUNTING=0 MODE='' OWNER=''
 WAIT_S=30                        # that a daemon has to come up
 
 fail() { echo "start.sh: $*" >&2; exit 2; }
