@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,11 +104,17 @@ def apply_chat(tokenizer: Any, messages: Any) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))  # the template has written the special tokens
 
 
-def _from_folder(folder: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
+def _transformers() -> Any:
+    # without PyTorch, which nobody needs here, its import tells each rank's user that there are no models
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
 
+    return transformers
+
+
+def _from_folder(folder: Path) -> Any:
     with _readable(folder) as readable:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(readable, local_files_only=True)
+        tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(readable, local_files_only=True)
     wanted, begin = _begin_wanted(folder, spm.read_config(folder)), tokenizer.bos_token
     if wanted is not None and begin and wanted != (tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]):
         spm.begin_with(tokenizer.backend_tokenizer, begin if wanted else None)
@@ -155,15 +162,11 @@ def _marked(path: Path) -> bool:
 
 
 def _from_vocabulary(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     with _readable(folder) as readable:
-        return AutoTokenizer.from_pretrained(readable, local_files_only=True)
+        return _transformers().AutoTokenizer.from_pretrained(readable, local_files_only=True)
 
 
 def _from_gpt_sw3(folder: Path) -> Any:
-    from transformers import GPTSw3Tokenizer
-
     path = folder / "tokenizer_config.json"
     named = json.loads(path.read_text("utf-8")).get("tokenizer_class") if path.is_file() else None
     if named not in (None, "GPTSw3Tokenizer"):
@@ -174,7 +177,7 @@ def _from_gpt_sw3(folder: Path) -> Any:
     # not from the folder itself: the class takes other special tokens where a path has gpt-sw3-7b in it
     with TemporaryDirectory() as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
-        return GPTSw3Tokenizer.from_pretrained(scratch, local_files_only=True)
+        return _transformers().GPTSw3Tokenizer.from_pretrained(scratch, local_files_only=True)
 
 
 def _from_sentencepiece(folder: Path) -> Any:

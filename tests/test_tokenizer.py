@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -262,3 +265,14 @@ def test_no_chat_template(folder):
     save_byte_level(folder)
     with pytest.raises(ValueError, match="no chat template; give prompt or prompt_token_ids"):
         apply_chat(load_tokenizer(folder.parent), [{"role": "user", "content": "hi"}])
+
+
+def test_nothing_is_said_where_pytorch_is_not_installed(tmp_path):
+    model = Path(__file__).parents[1] / "examples" / "tinystories" / "model"
+    shutil.copytree(model, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    code = f"""import sys; sys.modules["torch"] = None
+from jaxinfer.tokenizer import *
+print(encode(load_tokenizer({str(tmp_path)!r}), "Once"))"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("[") and not done.stderr, done.stderr
