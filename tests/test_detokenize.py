@@ -6,9 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import StopStringCriteria
 
 from jaxinfer.engine.detokenize import TextStream
 from jaxinfer.tokenizer import load_tokenizer
@@ -151,17 +153,38 @@ def test_pieces_make_the_whole_text(tokenizer, prompt, output, cuts):
     assert stream(tokenizer, prompt, output, cuts).text == expected
 
 
-def expected_stop(tokenizer, prompt, output, text, stops):
-    """By trying each end, character by character, then each number of tokens."""
-    for end in range(1, len(text) + 1):
+def spelled(tokenizer, prompt, output, text):
+    """The characters of the text with the names of special tokens in it: (character, whether it shows, output tokens
+    that it takes)."""
+    special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    before, at, found = whole(tokenizer, prompt), 0, []
+    decoded = [whole(tokenizer, prompt + output[:count]) for count in range(len(output) + 1)]
+
+    def show(end):
+        for here in range(at, end):
+            count = next(n for n, each in enumerate(decoded) if each.startswith(before + text[: here + 1]))
+            found.append((text[here], True, count))
+
+    for count, token in enumerate(output):
+        if token in special:
+            same = [one == other for one, other in zip(decoded[count], before + text, strict=False)]
+            here = max(at, [*same, False].index(False) - len(before))
+            show(here)
+            at = here
+            found += [(character, False, count + 1) for character in special[token]]
+    show(len(text))
+    return found
+
+
+def expected_stop(characters, stops):
+    """By trying each end, character by character."""
+    whole = "".join(character for character, _, _ in characters)
+    for end in range(1, len(whole) + 1):
         for stop in sorted(stops, key=len, reverse=True):
-            if text[:end].endswith(stop):
-                before = whole(tokenizer, prompt) + text[:end]
-                count = next(
-                    n for n in range(len(output) + 1) if whole(tokenizer, prompt + output[:n]).startswith(before)
-                )
-                return text[: end - len(stop)], stop, count
-    return text, None, None
+            if whole[:end].endswith(stop):
+                shown = (character for character, shows, _ in characters[: end - len(stop)] if shows)
+                return "".join(shown), stop, characters[end - 1][2]
+    return "".join(character for character, shows, _ in characters if shows), None, None
 
 
 @settings(max_examples=120, deadline=None)
@@ -169,14 +192,43 @@ def expected_stop(tokenizer, prompt, output, text, stops):
 def test_stop_strings(tokenizer, prompt, output, cuts, data):
     prompt, output = ids_of(tokenizer, prompt), ids_of(tokenizer, output)
     text = continuation(tokenizer, prompt, output)
-    assume(text)
-    inside = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 9)).map(lambda at: text[at[0] : sum(at)])
+    assume(text is not None)
+    characters = spelled(tokenizer, prompt, output, text)
+    searched = "".join(character for character, _, _ in characters)
+    assume(searched)
+    inside = st.tuples(st.integers(0, len(searched) - 1), st.integers(1, 9)).map(lambda at: searched[at[0] : sum(at)])
     # beginnings of what is there, that go on otherwise
-    nearly = st.tuples(inside, st.sampled_from("ab \n")).map("".join)
+    nearly = st.tuples(inside, st.sampled_from("ab \n<")).map("".join)
     stops = data.draw(st.lists(st.one_of(inside, nearly, TEXT.filter(bool)), min_size=1, max_size=4))
     found = stream(tokenizer, prompt, output, cuts, stops)
-    expected = expected_stop(tokenizer, prompt, output, text, stops)
-    assert (found.text, found.stopped, found.stopped_tokens) == expected
+    assert (found.text, found.stopped, found.stopped_tokens) == expected_stop(characters, stops)
+
+
+SPECIAL = [
+    ("a fox<|tool|> ran", "<|tool|>", "a fox"),
+    ("a fox<|tool|> ran", "x<|tool|> r", "a fo"),  # begins and ends in text
+    ("a fox<|tool|> ran", "x<|to", "a fo"),  # ends inside the name, as transformers has it
+    ("a fox<|tool|> ran", "ool|> ran", "a fox"),
+    ("a fox<|tool|></s> ran", "<|tool|></s>", "a fox"),
+    ("a fox<|tool|></s> ran", "></", "a fox"),
+    ("<|tool|>a fox", "<|tool|>", ""),
+    ("a fox<|tool|> ran", "x r", "a fox ran"),  # it is no neighbour of its neighbour's neighbour
+    ("a fox<|tool|> ran<|tool|>", "n<|tool|>", "a fox ra"),
+]
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+@pytest.mark.parametrize(("text", "stop", "expected"), SPECIAL)
+def test_a_stop_string_with_special_tokens_in_it_is_where_transformers_has_it(name, folder, text, stop, expected):
+    tokenizer = tokenizer_of(name, folder)
+    if name == "byte fallback":  # puts a space of its own after a special token
+        text = text.replace("> ", ">")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    criterion = StopStringCriteria(tokenizer, [stop])
+    ends = (count for count in range(1, len(ids) + 1) if criterion(torch.tensor([ids[:count]]), None)[0])
+    found = stream(tokenizer, [], ids, [1], [stop])
+    assert found.stopped_tokens == next(ends, None)
+    assert found.text == stream(tokenizer, [], ids, [3], [stop]).text == expected
 
 
 @settings(max_examples=60, deadline=None)

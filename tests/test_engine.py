@@ -141,6 +141,7 @@ def test_a_long_prompt_does_not_stall_decoding(tiny):
         ([96], {}, "token id 96 is out of range; legal: 0 to 95"),
         ([5] * 256, {}, "256 tokens; legal: up to 255"),
         ([5], {"stop_token_ids": (400,)}, "400"),
+        ([5], {"stop": "a"}, "stop: the checkpoint has no tokenizer, hence no text to look in; legal: stop_token_ids"),
     ],
 )
 def test_what_can_never_run_is_refused(tiny, prompt, params, message):

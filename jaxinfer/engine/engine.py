@@ -132,7 +132,8 @@ class Engine:
 
         Raises:
           ValueError: a request that is none, an id in use, an empty prompt or one that fills the context, a token id or
-            a sampling parameter outside the vocabulary, or more tokens than the cache can ever hold.
+            a sampling parameter outside the vocabulary, stop strings without a tokenizer, or more tokens than the cache
+            can ever hold.
         """
         self._mend()
         request = checked(request)
@@ -150,6 +151,8 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens; legal: up to {self.max_context - 1} (max_context - 1)"
             )
         params.check_vocabulary(vocabulary)
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop: the checkpoint has no tokenizer, hence no text to look in; legal: stop_token_ids")
         room = self.max_context - len(prompt)
         capped = params
         if params.max_new_tokens > room:

@@ -64,8 +64,9 @@ class Sample:
             self._logprobs += [_token_logprob(emitted, offset, params.logprobs) for offset in range(len(tokens))]
         text = ""
         if self._stream is not None:
-            # a stop token is not part of the text
-            text = self._stream.append(tokens[:-1] if reason == "stop" else tokens)
+            # a stop token is not part of the text, but the name of a special one may complete a stop string
+            silent = reason == "stop" and not self._stream.is_special(tokens[-1])
+            text = self._stream.append(tokens[:-1] if silent else tokens)
         if reason is None and len(self._token_ids) >= self.sequence.params.max_new_tokens:
             reason = "length"
         if self._stream is not None:
