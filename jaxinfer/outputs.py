@@ -235,7 +235,7 @@ def find_finished(path: Path, samples: Callable[[str], int]) -> Found:
                     continue
                 if not isinstance(name, str) or not isinstance(index, int):
                     raise ValueError
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 if file.read(1):
                     raise OutputError(
                         f"{path}, line {number}: not a result; choose another output or --overwrite"
@@ -323,7 +323,7 @@ def take_back(path: Path) -> None:
 def _read_run(run_file: Path, output: Path, anyway: bool) -> dict[str, Any]:
     try:
         return json.loads(run_file.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         if anyway:
             return {}
         what = "is absent" if isinstance(error, FileNotFoundError) else "is damaged"

@@ -48,16 +48,16 @@ def read_run(path: Path, name: str) -> Run:
                 if "error" in data:
                     errors += 1
                 else:
-                    rows.append((data["ttft_s"], data["latency_s"], data["completion_tokens"]))
+                    rows.append([float(data[name]) for name in ("ttft_s", "latency_s", "completion_tokens")])
     except OSError as error:
         raise PlotError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise PlotError(f"{path}, line {number}: not a result of jaxinfer.generate") from None
     if not rows:
         raise PlotError(f"{path}: no result in it")
     try:
         metrics = json.loads((path.parent / f"{path.name.removesuffix('.jsonl')}.metrics.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         metrics = {}
     ttft, latency, tokens = np.array(rows, np.float64).T
     # a run that was killed leaves the number of unfinished requests alone

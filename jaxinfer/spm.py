@@ -5,10 +5,11 @@ does where the model normalizes. Here text is split as SentencePiece does, the m
 added tokens, prefixes and the begin token are as transformers 4 has them; `notes` says where 5 has them otherwise.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jaxinfer.json_text import read_object
 
 SPACE = "▁"  # how SentencePiece writes a space
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -86,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is no file."""
-    return json.loads(path.read_text("utf-8-sig")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def plain(value: Any) -> Any:

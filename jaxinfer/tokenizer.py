@@ -167,8 +167,7 @@ def _from_vocabulary(folder: Path) -> Any:
 
 
 def _from_gpt_sw3(folder: Path) -> Any:
-    path = folder / "tokenizer_config.json"
-    named = json.loads(path.read_text("utf-8")).get("tokenizer_class") if path.is_file() else None
+    named = spm.read(folder / "tokenizer_config.json").get("tokenizer_class")
     if named not in (None, "GPTSw3Tokenizer"):
         raise ValueError(
             f"spiece.model: tokenizer_class {named!r} is not supported; legal: GPTSw3Tokenizer, or a tokenizer.json "

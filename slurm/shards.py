@@ -86,7 +86,9 @@ def _read_parts(parts: Iterable[Path]) -> dict[str, dict[int | None, bytes]]:
             try:
                 data = json.loads(line)
                 name, index = data["id"], data.get("index")
-            except (ValueError, KeyError, TypeError):
+                if not isinstance(name, str) or not isinstance(index, int | None):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ShardError(f"{place}: not a result") from None
             if (name, index) in where:
                 raise ShardError(f"{place}: id {name!r}, result {index} is in {where[name, index]} already")

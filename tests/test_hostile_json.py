@@ -13,7 +13,11 @@ from jaxinfer.engine.params import SamplingParams
 from jaxinfer.inputs import read_file
 from jaxinfer.models.config import ConfigError
 from jaxinfer.models.families import from_hf
+from jaxinfer.outputs import OutputError, find_finished
 from jaxinfer.plan.source import read_source
+from jaxinfer.plot import PlotError, read_run
+from jaxinfer.tokenizer import load_tokenizer
+from slurm.shards import ShardError, merge
 from test_model_config import BASE, SMALL
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -120,6 +124,34 @@ def test_lines_of_prompts(tmp_path):
     deep = "bad JSON: nested too deeply, legal is 64 deep"
     assert found[:3] == [deep, deep, "bad JSON: a number of more than 4300 digits"]
     assert found[3].endswith("legal: an integer from 1 to 4096")
+
+
+LINES = (DEEP, "[" * 60, "[]", "3", '{"id": [1], "index": 0}', '{"id": {}, "index": 0}', '{"id": "a", "index": [0]}')
+
+
+@pytest.mark.parametrize(
+    "line", [*LINES, '{"id": "a", "ttft_s": 1' + "0" * 400 + ', "latency_s": 1, "completion_tokens": 1}']
+)
+def test_lines_of_results_that_no_run_wrote(tmp_path, line):
+    path = tmp_path / "out.jsonl"
+    path.write_text(f"{line}\n{line}\n")
+    with pytest.raises(OutputError, match=r"out.jsonl, line 1: not a result"):
+        find_finished(path, lambda name: 1)
+    with pytest.raises(PlotError, match=r"out.jsonl, line 1: not a result"):
+        read_run(path, "out")
+    if line in LINES:
+        with pytest.raises(ShardError, match=r"out.jsonl, line 1: not a result"):
+            merge(tmp_path / "in.jsonl", [path], tmp_path / "merged.jsonl")
+
+
+@pytest.mark.parametrize("model", ["tokenizer.json", "tokenizer.model", "spiece.model"])
+def test_a_tokenizer_whose_json_is_nested_is_refused(tmp_path, model, little_memory):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / model).write_text(x_of(DEEP))
+    (folder / "tokenizer_config.json").write_text(x_of(DEEP))
+    with pytest.raises(ValueError, match=f"{folder}: the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
 
 
 def test_names_and_lists_of_a_file_do_not_flood_or_drive_the_terminal(tiny, tmp_path, capfd):
