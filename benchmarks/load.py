@@ -173,8 +173,8 @@ def measure(args: argparse.Namespace) -> None:
     mesh, rules, dtype = make_mesh(parse_mesh(args.mesh)), Rules(), reader.manifest.dtype
     parameters = Decoder(model, balance(model.num_layers, mesh.shape["stage"])).parameters()
     pieces = local_pieces(parameters, mesh, rules, dtype)
-    paths = [reader.folder / name for name in reader.manifest.files]
-    size = sum(entry["bytes"] for entry in reader.manifest.files.values())
+    paths = [reader.folder / name for name in reader.manifest.chunks]
+    size = sum(entry["bytes"] for entry in reader.manifest.chunks.values())
     device = jax.local_devices()[0]
 
     def timed(work: Callable[[], Any]) -> float:

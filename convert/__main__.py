@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 from textwrap import fill
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from convert.run import convert
 from convert.source import open_source
 from convert.tensor import ConvertError
 from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.manifest import NAME as MANIFEST
 from jaxinfer.engine.costs import count_parameters
 from jaxinfer.models.config import ConfigError
 from jaxinfer.models.families import FAMILIES
@@ -39,9 +41,12 @@ examples:
   float32 weights to bfloat16, then read everything back and compare it with the source:
     python -m convert --source my-llama --output ckpt/my-llama --dtype bfloat16 --verify
   interrupted? the same command again finishes the rest; a folder is complete once it holds manifest.json.
+  damaged, of an older version, or a new tokenizer at the source? the same command again writes what differs.
   then:
     python -m jaxinfer.generate --model ckpt/openllama-3b --prompt "Once upon a time"
 """
+
+SHOWN = 5
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.preset is not None:
             preset, config = load_preset(args.preset), open_source(args.source).config
             preset.check(args.source, config, count_parameters(config))
+        whole = Path(args.output, MANIFEST).exists()
         manifest, written = convert(args.source, args.output, args.dtype, args.verify)
     except (ConvertError, ConfigError, CheckpointError, PresetError, OSError) as error:
         print(f"convert: {printable(str(error))}", file=sys.stderr)
@@ -89,11 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     size = sum(file["bytes"] for file in manifest.files.values())
     verified = ", verified against the source" if args.verify else ""
-    if written:
+    if not written:
+        done = "already converted"
+    elif whole:
+        names = ", ".join(written[:SHOWN]) + (f" and {len(written) - SHOWN} more" if len(written) > SHOWN else "")
+        done = f"brought up to date ({names})"
+    else:
         total, rate = (tqdm.format_sizeof(number, "B", 1024) for number in (size, size / seconds))
         done = f"{len(manifest.leaves)} leaves, {total} in {seconds:.1f} s ({rate}/s)"
-    else:
-        done = "already converted"
     tokenizer = "with its tokenizer" if manifest.tokenizer else "without a tokenizer (runs on token ids)"
     print(f"{args.output}: {done}{verified}: {manifest.parameters:,} parameters in {manifest.dtype}, {tokenizer}")
     for note in _tokenizer_notes(args.source):

@@ -63,15 +63,19 @@ class _Checked:
         return self.hasher.hexdigest()
 
 
-def intact(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
-    """Whether chunk files are as they were written."""
-    for name, expected in files.items():
-        try:
-            size, digest = _hashed(folder / name, xxhash.xxh3_128(), lambda size: None)
-        except FileNotFoundError:
+def intact(folder: Path, files: dict[str, dict[str, Any]] | None) -> bool:
+    """Whether files are known, are there, can be read and are as they were written."""
+    if files is None:
+        return False
+    try:
+        if any((folder / name).stat().st_size != expected["bytes"] for name, expected in files.items()):
             return False
-        if {"bytes": size, "xxh3_128": digest} != expected:
-            return False
+        for name, expected in files.items():
+            _, digest = _hashed(folder / name, xxhash.xxh3_128(), lambda size: None)
+            if digest != expected["xxh3_128"]:
+                return False
+    except OSError:
+        return False
     return True
 
 

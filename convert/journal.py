@@ -12,25 +12,37 @@ from jaxinfer.checkpoint.files import sync_folder
 NAME = "convert.journal.jsonl"
 
 
-class Journal:
-    """`sources`: file name to {bytes, sha256}; `leaves`: leaf name to its chunk files."""
+class Record:
+    """What a folder holds. `sources`: file name to {bytes, sha256}; `leaves`: leaf name to its chunk files."""
 
-    def __init__(self, folder: Path, header: dict[str, Any]):
-        """Opens the folder's journal, or starts one in an empty folder.
+    def __init__(self, sources: dict[str, dict[str, Any]], leaves: dict[str, dict[str, dict[str, Any]]]):
+        self.sources, self.leaves = sources, leaves
+
+    def source(self, name: str, found: dict[str, Any]) -> None:
+        self.sources[name] = found
+
+    def leaf(self, name: str, files: dict[str, dict[str, Any]]) -> None:
+        self.leaves[name] = files
+
+
+class Journal(Record):
+    """A record that the folder itself keeps."""
+
+    def __init__(self, folder: Path, header: dict[str, Any], leaves: dict[str, dict[str, dict[str, Any]]]):
+        """Opens the folder's journal, or starts one with the leaves that are there already.
 
         Raises:
-          ConvertError: the folder holds something else, or an unfinished conversion with another `header`.
+          ConvertError: an unfinished conversion with another `header`, or a damaged journal.
         """
+        super().__init__({}, {})
         self.path = folder / NAME
-        self.sources: dict[str, dict[str, Any]] = {}
-        self.leaves: dict[str, dict[str, dict[str, Any]]] = {}
         if self.path.exists():
             self._read(folder, header)
-        elif any(folder.iterdir()):
-            raise ConvertError(f"{folder}: not empty, and no conversion that can be finished; choose another --output")
-        else:
-            self._append({"header": header})
-            sync_folder(folder)
+            return
+        self._append({"header": header})
+        sync_folder(folder)
+        for name, files in leaves.items():
+            self.leaf(name, files)
 
     def _read(self, folder: Path, header: dict[str, Any]) -> None:
         lines = self.path.read_bytes().split(b"\n")
@@ -38,23 +50,25 @@ class Journal:
         if torn:
             os.truncate(self.path, self.path.stat().st_size - len(torn))
         try:
-            entries = [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise ConvertError(f"{self.path}: damaged: {error}; remove {folder} and convert again") from error
-        if not entries:
+            entries = [json.loads(line) for line in lines] or [{"header": None}]
+            found = entries[0]["header"]
+            for entry in entries[1:]:
+                self.sources.update(entry.get("source", {}))
+                self.leaves.update(entry.get("leaf", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"damaged: {type(error).__name__}: {error}"
+            raise ConvertError(f"{self.path}: {what}; remove this file and convert again") from error
+        if found is None:  # a crash left a torn line alone
             self._append({"header": header})
             return
         header = json.loads(json.dumps(header))  # tuples become lists, as they did on disk
-        if (found := entries[0]["header"]) != header:
+        if found != header:
             names = [name for name in header if found.get(name) != header[name]]
             differ = "; ".join(f"{name} was {found.get(name)!r}, now {header[name]!r}" for name in names)
             raise ConvertError(
                 f"{folder}: holds an unfinished conversion with other settings ({differ}); remove the folder, "
                 f"or choose another --output"
             )
-        for entry in entries[1:]:
-            self.sources.update(entry.get("source", {}))
-            self.leaves.update(entry.get("leaf", {}))
 
     def _append(self, entry: dict[str, Any]) -> None:
         with open(self.path, "ab") as file:
@@ -66,7 +80,7 @@ class Journal:
         """Notes a source file; refuses one that is not what an earlier run converted from."""
         if name not in self.sources:
             self._append({"source": {name: found}})
-            self.sources[name] = found
+            super().source(name, found)
         elif self.sources[name] != found:
             both = self.sources[name], found
             before, now = (f"{each['bytes']} bytes, sha256 {each['sha256'][:12]}" for each in both)
@@ -77,4 +91,4 @@ class Journal:
 
     def leaf(self, name: str, files: dict[str, dict[str, Any]]) -> None:
         self._append({"leaf": {name: files}})
-        self.leaves[name] = files
+        super().leaf(name, files)

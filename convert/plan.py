@@ -1,11 +1,14 @@
 """What a conversion will do, checked before anything is written: every tensor has its leaves, every leaf its tensor."""
 
+from collections.abc import Iterator
+
 from convert.families import names
 from convert.leaf import same_tensors
 from convert.source import Source
 from convert.target import HEAD, Names, Target
 from convert.tensor import DTYPES as SOURCE_DTYPES
 from convert.tensor import ConvertError, SourceTensor
+from jaxinfer.checkpoint.writer import chunk_shape
 from jaxinfer.models.families import leaves
 
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -66,6 +69,14 @@ def _misfit(tensor: SourceTensor, target: Target) -> list[str]:
     if tensor.shape != target.source_shape:
         return [f"{where}, found shape {list(tensor.shape)}, expected {list(target.source_shape)}"]
     return []
+
+
+def targets_of(plan: Plan) -> Iterator[Target]:
+    return (target for _, targets in plan for target in targets)
+
+
+def chunks_of(target: Target) -> tuple[int, ...]:
+    return chunk_shape(target.spec.shape, target.spec.axes)
 
 
 def source_dtype(plan: Plan) -> str:

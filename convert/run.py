@@ -4,41 +4,47 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from convert import VERSION
+from convert.again import take_up
 from convert.hashing import hashed_ahead, intact, sha256
 from convert.journal import NAME as JOURNAL
-from convert.journal import Journal
+from convert.journal import Record
 from convert.leaf import Told, read_tensor, same_bits
-from convert.plan import DTYPES, Plan, make_plan, source_dtype
+from convert.plan import DTYPES as NAMES
+from convert.plan import Plan, chunks_of, make_plan, source_dtype, targets_of
+from convert.small import small_files, write_small
 from convert.source import Source, open_source
 from convert.target import Target
 from convert.tensor import ConvertError, SourceTensor
-from jaxinfer.checkpoint import reader
-from jaxinfer.checkpoint.files import sync_folder, write_whole
+from jaxinfer.checkpoint.entries import DTYPES
+from jaxinfer.checkpoint.files import describe
 from jaxinfer.checkpoint.manifest import NAME as MANIFEST
-from jaxinfer.checkpoint.manifest import PARAMS, TOKENIZER, Manifest, read_manifest, write_manifest
-from jaxinfer.checkpoint.writer import chunk_shape, write_leaf, write_orbax_metadata
-from jaxinfer.models.config import ModelConfig
+from jaxinfer.checkpoint.manifest import PARAMS, Manifest, encode, read_manifest, write_manifest
+from jaxinfer.checkpoint.reader import Reader
+from jaxinfer.checkpoint.writer import write_leaf
 
 
 def convert(
     source_dir: str | Path, output: str | Path, dtype: str | None = None, verify: bool = False, quiet: bool = False
-) -> tuple[Manifest, bool]:
-    """Converts a Hugging Face folder, or finishes what an interrupted run began.
+) -> tuple[Manifest, list[str]]:
+    """Converts a Hugging Face folder, finishes what an interrupted run began, or mends what is damaged.
+
+    What is as it would be written is kept. So the same call mends a checkpoint with missing or damaged files, be it the
+    manifest, renews one of an older version, and brings a tokenizer up to date with the source's.
 
     dtype: bfloat16, float16 or float32; the source's where None. verify: read the checkpoint back and compare every
-    tensor with the source. quiet: no progress bar. Host memory stays under three times the largest tensor plus 500 MB.
-    Returns the manifest, and False where the output was already complete.
+    tensor with the source. quiet: no progress bar and no remarks. Host memory stays under three times the largest
+    tensor plus 500 MB. Returns the manifest, and the leaves and files that were written (or removed): none where all
+    was there.
 
     Raises:
       ConvertError, ConfigError, CheckpointError: says which file, tensor or setting is wrong; what was already written
@@ -46,30 +52,26 @@ def convert(
     """
     source = open_source(source_dir)
     plan = make_plan(source)
-    if dtype not in (None, *DTYPES):
-        raise ConvertError(f"dtype: {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    if dtype not in (None, *NAMES):
+        raise ConvertError(f"dtype: {dtype!r} is not supported; supported: {', '.join(NAMES)}")
     dtype, output = dtype or source_dtype(plan), Path(output)
     if output.exists() and not output.is_dir():
         raise ConvertError(f"{output}: exists and is not a folder")
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
-        if (output / MANIFEST).exists():
-            manifest = _complete(source, plan, output, dtype, quiet)
-            (output / JOURNAL).unlink(missing_ok=True)
-            if verify:
-                _verify(plan, output, manifest, quiet)
-            return manifest, False
-        header = {"converter": VERSION, "dtype": dtype, "model": source.config.to_json()}
-        journal = Journal(output, header)
-        _write_leaves(source, plan, output, dtype, journal, quiet)
-        write_orbax_metadata(output / PARAMS, sorted(journal.leaves))
-        manifest = _manifest(source, plan, dtype, journal)
+        record = take_up(source, plan, output, dtype, lambda text: quiet or print(f"convert: {text}", file=sys.stderr))
+        written = _write_leaves(source, plan, output, dtype, record, quiet)
+        small = small_files(source, plan, dtype)
+        written += write_small(output, small)
+        manifest = _manifest(source, plan, dtype, record, small)
         if verify:
             _verify(plan, output, manifest, quiet)
-        _copy_tokenizer(source, output)
-        write_manifest(output, manifest)
-        journal.path.unlink()
-        return read_manifest(output), True
+        path = output / MANIFEST
+        if not path.exists() or path.read_bytes() != encode(manifest):
+            write_manifest(output, manifest)
+            written.append(MANIFEST)
+        (output / JOURNAL).unlink(missing_ok=True)
+        return read_manifest(output), written
 
 
 @contextmanager
@@ -94,99 +96,72 @@ def _bar(total: int, what: str, quiet: bool) -> tqdm:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet, mininterval=every)
 
 
-def _complete(source: Source, plan: Plan, output: Path, dtype: str, quiet: bool) -> Manifest:
-    """The manifest of a complete output, if it is what this source and dtype give; otherwise refuses."""
-    manifest = read_manifest(output)
-    differ = []
-    if manifest.dtype != dtype:
-        differ.append(f"its dtype is {manifest.dtype}, asked for {dtype}")
-    if manifest.converter != VERSION:
-        differ.append(f"it was written by converter version {manifest.converter}, this is {VERSION}")
-    if ModelConfig.from_json(manifest.model) != source.config:
-        differ.append("its model config is another")
-    if not differ:
-        paths = [*source.weights, *source.notes]
-        with _bar(sum(path.stat().st_size for path in paths), "compare sources", quiet) as bar:
-            found = {path.name: sha256(path, bar.update) for path in paths}
-        differ = [f"it was made from another {name}" for name in found if manifest.sources.get(name) != found[name]]
-    if differ:
-        what = f"a complete checkpoint of something else: {'; '.join(differ)}"
-        raise ConvertError(f"{output}: {what}; choose another --output, or remove the folder")
-    return manifest
-
-
-def _write_leaves(source: Source, plan: Plan, output: Path, dtype: str, journal: Journal, quiet: bool) -> None:
+def _write_leaves(source: Source, plan: Plan, output: Path, dtype: str, record: Record, quiet: bool) -> list[str]:
     for path in source.notes:
-        journal.source(path.name, sha256(path))
-    params = output / PARAMS
-    params.mkdir(exist_ok=True)
-    _check_space(plan, output, dtype, journal)
+        record.source(path.name, sha256(path))
+    (output / PARAMS).mkdir(exist_ok=True)
+    _check_space(plan, output, dtype, record)
     by_file = {path: list(group) for path, group in groupby(plan, key=lambda each: each[0].path)}
-    # every weight file is read twice: once for its hash, once for its tensors
+    # every weight file is read twice: once for its hash, once for its tensors (or what became of them)
     total = sum(path.stat().st_size for path in source.weights) + sum(tensor.nbytes for tensor, _ in plan)
+    written = []
     with _bar(total, "hash and convert", quiet) as bar:
         for path, found in hashed_ahead(source.weights, bar.update):
-            journal.source(path.name, found)
+            record.source(path.name, found)
             for tensor, targets in by_file.get(path, ()):
-                _write_tensor(tensor, targets, output, dtype, journal, bar.update)
+                written += _write_tensor(tensor, targets, output, dtype, record, bar.update)
+    return written
 
 
 def _write_tensor(
-    tensor: SourceTensor, targets: tuple[Target, ...], output: Path, dtype: str, journal: Journal, told: Told
-) -> None:
-    missing = [
-        each for each in targets if each.leaf not in journal.leaves or not intact(output, journal.leaves[each.leaf])
-    ]
+    tensor: SourceTensor, targets: tuple[Target, ...], output: Path, dtype: str, record: Record, told: Told
+) -> list[str]:
+    """The leaves that were not there as they should be, and now are."""
+    missing = [each for each in targets if not intact(output, record.leaves.get(each.leaf))]
     if not missing:
         told(tensor.nbytes)
-        return
+        return []
     whole = read_tensor(tensor, dtype, told)
     for target in missing:
         # no name for the leaf: it must be gone before the next one is made
-        files = write_leaf(output / PARAMS, target.leaf, np.ascontiguousarray(target.take(whole)), _chunks(target.spec))
-        journal.leaf(target.leaf, files)
+        files = write_leaf(output / PARAMS, target.leaf, np.ascontiguousarray(target.take(whole)), chunks_of(target))
+        record.leaf(target.leaf, files)
+    return [f"{PARAMS}/{target.leaf}" for target in missing]
 
 
-def _targets(plan: Plan) -> Iterator[Target]:
-    return (target for _, targets in plan for target in targets)
-
-
-def _chunks(spec: Any) -> tuple[int, ...]:
-    return chunk_shape(spec.shape, spec.axes)
-
-
-def _check_space(plan: Plan, output: Path, dtype: str, journal: Journal) -> None:
-    item = reader.DTYPES[dtype].itemsize
+def _check_space(plan: Plan, output: Path, dtype: str, record: Record) -> None:
+    item = DTYPES[dtype].itemsize
     need = 0
-    for target in _targets(plan):
-        if target.leaf not in journal.leaves:
-            chunks = _chunks(target.spec)
+    for target in targets_of(plan):
+        if target.leaf not in record.leaves:
+            chunks = chunks_of(target)
             need += prod(ceil(size / chunk) * chunk for size, chunk in zip(target.spec.shape, chunks)) * item
     free = shutil.disk_usage(output).free
     if need > free:
         raise ConvertError(f"{output}: needs {need / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free")
 
 
-def _manifest(source: Source, plan: Plan, dtype: str, journal: Journal) -> Manifest:
-    specs = {target.leaf: target.spec for target in _targets(plan)}
+def _manifest(source: Source, plan: Plan, dtype: str, record: Record, small: Mapping[str, bytes]) -> Manifest:
+    targets = {target.leaf: target for target in targets_of(plan)}
+    chunks = {name: entry for leaf in targets for name, entry in record.leaves[leaf].items()}
     return Manifest(
         model=source.config.to_json(),
         dtype=dtype,
         quantization=None,
         leaves={
-            name: {"shape": list(spec.shape), "dtype": dtype, "chunks": list(_chunks(spec))}
-            for name, spec in specs.items()
+            name: {"shape": list(target.spec.shape), "dtype": dtype, "chunks": list(chunks_of(target))}
+            for name, target in targets.items()
         },
-        files={name: entry for leaf in specs for name, entry in journal.leaves[leaf].items()},
+        files=chunks | {name: describe(data) for name, data in small.items()},
         tokenizer=[path.name for path in source.tokenizer],
-        sources=journal.sources,
+        sources=record.sources,
         converter=VERSION,
-        parameters=sum(prod(spec.shape) for spec in specs.values()),
+        parameters=sum(prod(target.spec.shape) for target in targets.values()),
     )
 
 
 def _verify(plan: Plan, output: Path, manifest: Manifest, quiet: bool) -> None:
-    checkpoint = reader.Reader(output, manifest)
+    checkpoint = Reader(output, manifest)
     different = []
     with _bar(sum(tensor.nbytes for tensor, _ in plan), "verify", quiet) as bar:
         for tensor, targets in plan:
@@ -200,12 +175,3 @@ def _verify(plan: Plan, output: Path, manifest: Manifest, quiet: bool) -> None:
             f"{output}: {len(different)} tensors differ from the source: {', '.join(different)}; "
             f"remove the folder and convert again"
         )
-
-
-def _copy_tokenizer(source: Source, output: Path) -> None:
-    if source.tokenizer:
-        folder = output / TOKENIZER
-        folder.mkdir(exist_ok=True)
-        for path in source.tokenizer:
-            write_whole(folder / path.name, path.read_bytes())
-        sync_folder(output)

@@ -9,7 +9,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.checkpoint.manifest import Manifest, read_manifest
+import jax
+
+from jaxinfer.checkpoint.manifest import Manifest, WithoutChecksums, read_manifest
 from jaxinfer.cluster.cpu import check_thread_pool, use_virtual_devices
 from jaxinfer.compile_cache import use_compile_cache
 from jaxinfer.engine.config import EngineConfig
@@ -130,6 +132,8 @@ class LLM:
         if warning := use_compile_cache(compile_cache):
             warnings.warn(warning, stacklevel=2)
         self.engine = Engine(checkpoint, config, loading, beat)
+        if (warning := self.engine.manifest.warning(self.engine.folder)) and jax.process_index() == 0:
+            warnings.warn(warning, WithoutChecksums, stacklevel=2)
         if wait:
             self.engine.wait_loaded()
         self._running: weakref.ref[Generator] | None = None  # who runs, or was interrupted; None: nobody

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.files import CheckpointError, describe
 from jaxinfer.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from jaxinfer.checkpoint.reader import Reader
-from jaxinfer.checkpoint.writer import chunk_shape, write_leaf, write_orbax_metadata
+from jaxinfer.checkpoint.writer import METADATA, chunk_shape, describe_leaf, orbax_metadata, write_leaf
 
 
 def draw(rng, shape, dtype):
@@ -148,6 +148,7 @@ def test_leaf_files_are_what_their_checksums_say_and_replace_older_ones(tmp_path
     (params / "embed.partial").mkdir()
     (params / "embed.partial" / "left by a crash").write_text("x")
     files = write_leaf(params, "embed", array, (4, 3))
+    assert files == describe_leaf("embed", array, (4, 3))
     assert sorted(files) == ["params/embed/0.0", "params/embed/1.0"]
     assert sorted(path.name for path in (params / "embed").iterdir()) == [".zarray", "0.0", "1.0"]
     assert [path.name for path in params.iterdir()] == ["embed"]
@@ -182,7 +183,7 @@ def test_orbax_restores_the_parameters_by_itself(tmp_path, dtype):
     chunks = {name: chunk_shape(shapes[name], axes[name]) for name in axes}
     make_checkpoint(tmp_path, arrays, chunks)
     params = tmp_path / "params"
-    write_orbax_metadata(params, list(arrays))
+    (params / METADATA).write_bytes(orbax_metadata(list(arrays)))
     with ocp.PyTreeCheckpointer() as checkpointer:
         alone = checkpointer.restore(params)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -198,7 +199,8 @@ def test_orbax_restores_the_parameters_by_itself(tmp_path, dtype):
 
 
 def test_manifest_comes_back_as_written(tmp_path):
-    manifest = Manifest({"a": [1, None]}, "bfloat16", None, {}, {}, ["tokenizer.json"], {"f": {"bytes": 1}}, "1", 7)
+    sources, files = {"f": {"bytes": 1, "sha256": "0" * 64}}, {"tokenizer/tokenizer.json": describe(b"{}")}
+    manifest = Manifest({"a": [1, None]}, "bfloat16", None, {}, files, ["tokenizer.json"], sources, "1", 7)
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

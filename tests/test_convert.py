@@ -30,6 +30,7 @@ from converting import (
     to_bin,
 )
 from hf_models import make_hf_folder
+from jaxinfer.checkpoint.files import describe
 from jaxinfer.checkpoint.manifest import read_manifest
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families import from_hf
@@ -124,8 +125,8 @@ def test_manifest_says_what_the_checkpoint_is_and_came_from(tmp_path):
     assert manifest.tokenizer == copied
     assert sorted(path.name for path in (ckpt / "tokenizer").iterdir()) == copied
     assert all((ckpt / "tokenizer" / name).read_bytes() == (hf / name).read_bytes() for name in copied)
-    on_disk = {str(path.relative_to(ckpt)) for path in ckpt.glob("params/*/*") if path.name != ".zarray"}
-    assert on_disk == set(manifest.files)
+    on_disk = {str(path.relative_to(ckpt)): path.read_bytes() for path in ckpt.rglob("*") if path.is_file()}
+    assert manifest.files == {name: describe(data) for name, data in on_disk.items() if name != "manifest.json"}
     assert manifest.leaves["layers.0.q"] == {"shape": [4, 8, 32], "dtype": "bfloat16", "chunks": [1, 8, 32]}
     assert manifest.parameters == sum(tensor.numel() for tensor in model.parameters())
 

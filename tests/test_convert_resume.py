@@ -31,7 +31,7 @@ from converting import (
 )
 from hf_models import make_hf_folder
 from jaxinfer.checkpoint.files import CheckpointError
-from jaxinfer.checkpoint.manifest import read_manifest
+from jaxinfer.checkpoint.manifest import read_manifest, write_manifest
 from jaxinfer.checkpoint.reader import Reader
 
 
@@ -164,18 +164,15 @@ def test_complete_folder_is_left_alone_and_belongs_to_its_source(tiny, tmp_path)
     assert before == {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in ckpt.rglob("*")}
 
 
-def test_verify_finds_a_tensor_that_differs_and_a_file_that_is_damaged(tiny, tmp_path):
+def test_verify_finds_a_tensor_that_differs(tiny, tmp_path):
     ckpt = tmp_path / "ckpt"
-    convert(tiny, ckpt, quiet=True)
+    manifest, _ = convert(tiny, ckpt, quiet=True)
     chunk = ckpt / "params" / "layers.0.down" / "0.1"
     changed = bytearray(chunk.read_bytes())
     changed[0] ^= 1
     chunk.write_bytes(changed)
-    with pytest.raises(CheckpointError, match=r"layers.0.down/0.1: its bytes changed"):
-        convert(tiny, ckpt, verify=True, quiet=True)
-    manifest = json.loads((ckpt / "manifest.json").read_text())
-    manifest["files"]["params/layers.0.down/0.1"]["xxh3_128"] = xxhash.xxh3_128_hexdigest(bytes(changed))
-    (ckpt / "manifest.json").write_text(json.dumps(manifest))
+    manifest.files["params/layers.0.down/0.1"]["xxh3_128"] = xxhash.xxh3_128_hexdigest(bytes(changed))
+    write_manifest(ckpt, manifest)
     with pytest.raises(ConvertError, match=f"1 tensors differ from the source: {DOWN} .layers.0.down."):
         convert(tiny, ckpt, verify=True, quiet=True)
 
@@ -204,18 +201,19 @@ def test_two_conversions_do_not_write_the_same_folder(tiny, tmp_path):
 
 def test_full_disk_is_seen_before_the_start(tmp_path):
     # a vocabulary of a trillion bytes in a sparse file: nothing of it is read before the space is checked
-    make_hf_folder(tmp_path / "hf", num_hidden_layers=1, tie_word_embeddings=True, dtype="bfloat16")
+    shape = {"num_hidden_layers": 1, "hidden_size": 1024, "tie_word_embeddings": True}
+    make_hf_folder(tmp_path / "hf", dtype="bfloat16", **shape)
     hf, path = tmp_path / "hf", tmp_path / "hf" / "model.safetensors"
-    rows = max(10**12, 2 * shutil.disk_usage(tmp_path).free) // 64
+    rows = max(10**12, 2 * shutil.disk_usage(tmp_path).free) // 2048
     state = {name: tensor for name, tensor in state_of(hf).items() if name != EMBED}
     header, end, data = {}, 0, b""
     for name, tensor in state.items():
         header[name] = header_entry(end, end + tensor.nbytes, list(tensor.shape), "BF16")
         data, end = data + tensor.view(torch.int16).numpy().tobytes(), end + tensor.nbytes
-    header[EMBED] = header_entry(end, end + rows * 64, [rows, 32], "BF16")
+    header[EMBED] = header_entry(end, end + rows * 2048, [rows, 1024], "BF16")
     write_safetensors(path, header, data)
     try:
-        os.truncate(path, path.stat().st_size + rows * 64)
+        os.truncate(path, path.stat().st_size + rows * 2048)
     except OSError as error:
         pytest.skip(f"the file system holds no sparse file of this size: {error}")
     edit_json(hf / "config.json", vocab_size=rows)

@@ -70,7 +70,7 @@ def test_processes_agree_and_read_their_own_bytes(checkpoint, alone, count, devi
     results = run_processes(checkpoint, count, devices, mesh)
     for result in results:
         assert result["tokens"] == alone["tokens"]
-    files = read_manifest(checkpoint).files
+    files = read_manifest(checkpoint).chunks
     whole = sum(entry["bytes"] for entry in files.values())
     norms = sum(entry["bytes"] for name, entry in files.items() if "norm" in name)
     assert alone["read"] == whole

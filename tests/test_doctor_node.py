@@ -116,6 +116,13 @@ def test_checkpoint(tiny, tmp_path):
     assert line.level == "ok" and facts["read_bytes_per_s"] > 0 and len(facts["manifest"]) == 64
     (line,), facts = check_checkpoint(tmp_path / "none", 0, 1, 1 << 30)
     assert line.level == "error" and "no such checkpoint folder" in line.text and facts == {"manifest": None}
+    for path in (checkpoint / "tokenizer" / "more.json", checkpoint / "manifest.json"):
+        before = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((before or b"").replace(b"float32", b"float16"))
+        (line,), _ = check_checkpoint(checkpoint, 0, 1, 1 << 30)
+        assert line.level == "error" and str(path) in line.text and line.fix == "copy it again, or convert again"
+        path.unlink() if before is None else path.write_bytes(before)
     names = json.loads((checkpoint / "manifest.json").read_text())["files"]
     largest = checkpoint / max(names, key=lambda name: names[name]["bytes"])
     os.truncate(largest, 5)

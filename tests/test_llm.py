@@ -1,6 +1,7 @@
 """The Python interface, on the embedded model."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
+from converting import without_checksums
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.checkpoint.manifest import WithoutChecksums
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "tinystories" / "model"
 SMALL = {"max_batch": 4, "prefill_chunk": 32, "decode_steps": 4, "max_context": 256}
@@ -25,6 +28,20 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(folder):
     return LLM(folder, mesh={"tensor": 2}, cpu_devices=8, **SMALL)
+
+
+def test_a_checkpoint_without_checksums_is_said_and_damage_to_the_tokenizer_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "ckpt")
+    path = copy / "tokenizer" / "tokenizer.json"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"the", b"teh", 1))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: its bytes changed .*; the same conversion again mends it"):
+        LLM(copy, **SMALL)
+    path.write_bytes(data)
+    without_checksums(copy)
+    with pytest.warns(WithoutChecksums, match="made by an older version, so damage to its manifest") as caught:
+        LLM(copy, **SMALL)
+    assert len(caught) == 1 and caught[0].filename == __file__
 
 
 def test_one_completion_per_prompt_in_order(llm):

@@ -304,6 +304,17 @@ def misaligned(piece):
     return memory[start : start + piece.nbytes].view(piece.dtype).reshape(piece.shape)
 
 
+def test_leaves_that_are_not_the_models_are_refused(many):
+    mesh = make_mesh(parse_mesh(""))
+    for name, shape, message in (
+        ("layers.00", (128, 4095), r"leaf layers.00: found \(128, 4096\), the model has \[128, 4095\]"),
+        ("layers.99", (128, 4096), r"leaf layers.99: found none, the model has \[128, 4096\]"),
+    ):
+        parameter = Parameter(name, ((name, Leaf(shape, ("embed", "mlp"))),), 1)
+        with pytest.raises(CheckpointError, match=rf"manifest\.json: damaged, {message}"):
+            load(many, [parameter], mesh, Rules(), np.float32)
+
+
 def test_threads_below_one_are_refused():
     with pytest.raises(ValueError, match="load_threads: 0 is below 1"):
         EngineConfig(load_threads=0)

@@ -138,7 +138,7 @@ def test_checkpoint_that_one_node_does_not_see(slurm_bed, checkpoint, tmp_path):
 def test_damaged_shard(slurm_bed, checkpoint, tmp_path, damage, text):
     copy = tmp_path / "ckpt"
     shutil.copytree(checkpoint, copy)
-    name = next(name for name in read_manifest(copy).files if "layers.1.down/" in name)  # of rank 1 only
+    name = next(name for name in read_manifest(copy).chunks if "layers.1.down/" in name)  # of rank 1 only
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).unlink()

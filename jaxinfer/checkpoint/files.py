@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves either the whole file or none of it."""
+"""Files of a checkpoint: written so that a crash leaves the whole file or none of it, and known by their checksums."""
 
 import json
 import math
@@ -7,12 +7,26 @@ import re
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 MOST_LINKS = 40  # that Linux follows
 
 
 class CheckpointError(ValueError):
     """A checkpoint folder that is absent, incomplete, damaged or newer than this code: the message names the file."""
+
+
+class DamagedError(CheckpointError):
+    """A file is missing or not as it was written. Converting again, by the same command, mends it."""
+
+
+MEND = "the same conversion again mends it"
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """A file's entry in the manifest."""
+    return {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
 def sync_folder(path: Path) -> None:

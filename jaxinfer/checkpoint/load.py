@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.files import MEND, CheckpointError, DamagedError
 from jaxinfer.checkpoint.fill import Piece, fill
+from jaxinfer.checkpoint.manifest import NAME
 from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.parallel.axes import AXES
 from jaxinfer.parallel.mesh import mesh_sizes
@@ -75,12 +76,14 @@ def load(
     keeps the host's arrays as its own, without a copy.
 
     Raises:
-      CheckpointError: beside those of `fill`, a checkpoint that was made without weights.
+      CheckpointError: beside those of `fill`, a checkpoint that was made without weights, or whose leaves are not those
+        of its model.
     """
     if not reader.manifest.leaves:
         raise CheckpointError(f"{reader.folder}: holds no weights; legal: --random-weights (load_format dummy)")
     sizes = mesh_sizes(mesh)
     declared, tree = _flat(parameters)
+    _check_leaves(reader, declared)
     placed: list[list[jax.Array]] = [[] for _ in declared]
 
     def place(piece: Piece, array: np.ndarray) -> None:
@@ -96,6 +99,18 @@ def load(
     shardings = [NamedSharding(mesh, partition_spec(parameter, rules)) for parameter in declared]
     arrays = map(jax.make_array_from_single_device_arrays, shapes, shardings, placed)
     return jax.tree.unflatten(tree, arrays)
+
+
+def _check_leaves(reader: Reader, declared: list[Parameter]) -> None:
+    """The manifest's leaves are those of the model in it."""
+    known = reader.manifest.leaves
+    for parameter in declared:
+        for layer in [None] if parameter.layers is None else sorted(set(parameter.layers) - {None}):
+            for name, leaf in parameter.leaves:
+                found = known.get(name.format(layer), {}).get("shape", ())
+                if tuple(found) != leaf.shape:
+                    what = f"leaf {name.format(layer)}: found {found or 'none'}, the model has {list(leaf.shape)}"
+                    raise DamagedError(f"{reader.folder / NAME}: damaged, {what}; {MEND}")
 
 
 def _flat(parameters: Any) -> tuple[list[Parameter], Any]:

@@ -8,14 +8,13 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import xxhash
 
-from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.entries import DTYPES
+from jaxinfer.checkpoint.files import MEND, CheckpointError, DamagedError
 from jaxinfer.checkpoint.manifest import PARAMS, Manifest, read_manifest
 
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 BLOCK = 4 << 20  # one read: large for a parallel file system, small enough to be checked and copied out of the cache
 
 Slices = tuple[slice, ...]
@@ -85,7 +84,7 @@ class Reader:
         expected = self.manifest.files.get(file)
         if expected is None or expected["bytes"] != size:
             found = "no entry" if expected is None else f"{expected['bytes']} bytes"
-            raise CheckpointError(f"{path}: the manifest has {found} for it, its leaf needs {size} bytes: damaged")
+            raise DamagedError(f"{path}: damaged, the manifest has {found} for it, its leaf needs {size} bytes; {MEND}")
         same = (out for _, out in parts if out.shape == shape and out.dtype == dtype and out.flags.c_contiguous)
         whole = next(same, None)
         scratch = np.empty((min(rows, shape[0]), *shape[1:]), dtype) if whole is None else None
@@ -93,7 +92,7 @@ class Reader:
         try:
             handle = open(path, "rb", buffering=0)
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing; convert the model again") from None
+            raise DamagedError(f"{path}: missing; {MEND}") from None
         with handle:
             if (found := os.fstat(handle.fileno()).st_size) != size:
                 raise _wrong_size(path, found, size)
@@ -115,7 +114,7 @@ class Reader:
             if handle.read(1):
                 raise _wrong_size(path, os.fstat(handle.fileno()).st_size, size)
         if checksum.hexdigest() != expected["xxh3_128"]:
-            raise CheckpointError(f"{path}: its bytes changed since it was written (xxh3_128 differs); convert again")
+            raise DamagedError(f"{path}: its bytes changed since it was written (xxh3_128 differs); {MEND}")
 
     def _bounds(self, leaf: str, index: Slices) -> Bounds:
         shape = self.manifest.leaves[leaf]["shape"]
@@ -127,7 +126,7 @@ class Reader:
 
 def _wrong_size(path: Path, found: int, expected: int) -> CheckpointError:
     kind = "truncated" if found < expected else "longer than it was written"
-    return CheckpointError(f"{path}: {kind}: {found} bytes, expected {expected}")
+    return DamagedError(f"{path}: {kind}: {found} bytes, expected {expected}; {MEND}")
 
 
 def _read_into(file: FileIO, data: memoryview) -> int:

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from jaxinfer.checkpoint.files import sync_folder, write_whole
+from jaxinfer.checkpoint.files import sync_folder, write_all, write_whole
+from jaxinfer.checkpoint.manifest import PARAMS
 
 PIECES = 8
+ZARRAY, METADATA = ".zarray", "_METADATA"
 PARTIAL = ".partial"
 _CUT_AXES = ("vocab", "heads", "kv_heads", "mlp")
 _BLOCK = 4 << 20
@@ -53,37 +56,63 @@ def write_leaf(
         shutil.rmtree(old, ignore_errors=True)
     aside.mkdir(parents=True)
     files = {}
-    for key in product(*(range(ceil(size / chunk)) for size, chunk in zip(array.shape, chunks, strict=True))):
-        file = ".".join(map(str, key))
-        files[f"{params_dir.name}/{name}/{file}"] = _write_chunk(aside / file, array, key, chunks)
+    for file, view in _views(array, chunks):
+        with open(aside / file, "wb", buffering=0) as handle:
+            files[f"{params_dir.name}/{name}/{file}"] = _described(view, chunks, partial(write_all, handle))
+            os.fsync(handle.fileno())
+    meta = zarr_meta(array.shape, chunks, array.dtype)
+    write_whole(aside / ZARRAY, meta)  # syncs the folder, so the chunks' names too
+    os.rename(aside, place)
+    sync_folder(params_dir)
+    return files
+
+
+def describe_leaf(name: str, array: np.ndarray, chunks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What `write_leaf` into a folder `PARAMS` would return."""
+    return {f"{PARAMS}/{name}/{file}": _described(view, chunks) for file, view in _views(array, chunks)}
+
+
+def chunk_files(name: str, shape: Sequence[int], chunks: Sequence[int]) -> list[str]:
+    """The chunk files of a leaf, relative to the checkpoint folder."""
+    return [f"{PARAMS}/{name}/{'.'.join(map(str, key))}" for key in _keys(shape, chunks)]
+
+
+def zarr_meta(shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype) -> bytes:
+    """A leaf's ``.zarray``."""
     meta = {
         "zarr_format": 2,
-        "shape": list(array.shape),
+        "shape": list(shape),
         "chunks": list(chunks),
-        "dtype": zarr_dtype(array.dtype),
+        "dtype": zarr_dtype(dtype),
         "compressor": None,
         "fill_value": None,
         "filters": None,
         "order": "C",
         "dimension_separator": ".",
     }
-    write_whole(aside / ".zarray", json.dumps(meta).encode())  # syncs the folder, so the chunks' names too
-    os.rename(aside, place)
-    sync_folder(params_dir)
-    return files
+    return json.dumps(meta).encode()
 
 
-def _write_chunk(path: Path, array: np.ndarray, key: Sequence[int], chunks: Sequence[int]) -> dict[str, Any]:
-    view = array[tuple(slice(k * chunk, (k + 1) * chunk) for k, chunk in zip(key, chunks))]
+def _keys(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    return product(*(range(ceil(size / chunk)) for size, chunk in zip(shape, chunks, strict=True)))
+
+
+def _views(array: np.ndarray, chunks: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each chunk's file name and numbers, without padding."""
+    for key in _keys(array.shape, chunks):
+        view = array[tuple(slice(k * chunk, (k + 1) * chunk) for k, chunk in zip(key, chunks))]
+        yield ".".join(map(str, key)), view
+
+
+def _described(
+    view: np.ndarray, chunks: Sequence[int], write: Callable[[memoryview], None] = lambda data: None
+) -> dict[str, Any]:
     checksum, size = xxhash.xxh3_128(), 0
-    with open(path, "wb", buffering=0) as file:
-        for block in _blocks(view, chunks):
-            data = memoryview(block.reshape(-1).view(np.uint8))
-            checksum.update(data)
-            size += len(data)
-            while data:
-                data = data[file.write(data) :]
-        os.fsync(file.fileno())
+    for block in _blocks(view, chunks):
+        data = memoryview(block.reshape(-1).view(np.uint8))
+        checksum.update(data)
+        size += len(data)
+        write(data)
     return {"bytes": size, "xxh3_128": checksum.hexdigest()}
 
 
@@ -100,7 +129,7 @@ def _blocks(view: np.ndarray, chunks: Sequence[int]) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(block)
 
 
-def write_orbax_metadata(params_dir: str | Path, names: Sequence[str]) -> None:
+def orbax_metadata(names: Sequence[str]) -> bytes:
     """What Orbax needs to restore the folder by itself as a flat dict of numpy arrays: the tree, and who reads it."""
     tree = {
         str((name,)): {
@@ -110,4 +139,4 @@ def write_orbax_metadata(params_dir: str | Path, names: Sequence[str]) -> None:
         for name in names
     }
     meta = {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False, "custom_metadata": None}
-    write_whole(Path(params_dir) / "_METADATA", json.dumps(meta).encode())
+    return json.dumps(meta).encode()

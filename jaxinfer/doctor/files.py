@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.files import CheckpointError, DamagedError
 from jaxinfer.checkpoint.manifest import NAME, read_manifest
+from jaxinfer.checkpoint.verify import check_tokenizer
 from jaxinfer.compile_cache import OF_JAX, OFF, VARIABLE, default_folder
 from jaxinfer.doctor.finding import Finding, error, ok, warning
 
@@ -26,6 +27,9 @@ def check_checkpoint(folder: Path, process: int, processes: int, most: int) -> t
     """All files are there with their sizes, and up to `most` bytes are read; each process begins at its own part."""
     try:
         manifest = read_manifest(folder)
+        check_tokenizer(folder, manifest)
+    except DamagedError as problem:
+        return [error("checkpoint", str(problem), "copy it again, or convert again")], {"manifest": None}
     except (CheckpointError, OSError) as problem:
         fix = "give the folder that python -m convert wrote, on a file system that every node has"
         return [error("checkpoint", str(problem), fix)], {"manifest": None}

@@ -17,8 +17,9 @@ import xxhash
 
 from jaxinfer.checkpoint.dummy import random_params
 from jaxinfer.checkpoint.load import default_threads, load
-from jaxinfer.checkpoint.manifest import Manifest, read_manifest
+from jaxinfer.checkpoint.manifest import TOKENIZER, Manifest, read_manifest
 from jaxinfer.checkpoint.reader import Reader
+from jaxinfer.checkpoint.verify import check_tokenizer
 from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.device import check_dtype, device_memory
@@ -94,7 +95,7 @@ class Engine:
         self._loader, self._told = ThreadPoolExecutor(1, "load"), loading
         self._begin_loading()
         with self.loading_stops_at_error():
-            self.tokenizer = None if alone else load_tokenizer(self.folder)
+            self.tokenizer = None if alone else self._tokenizer()
         self._runner = Runner(
             decoder,
             config,
@@ -373,6 +374,12 @@ class Engine:
         stats.steady_stage_ticks = scheduler.steady_bubble.total
         stats.steady_idle_stage_ticks = scheduler.steady_bubble.idle
         stats.preemptions = scheduler.preemptions
+
+    def _tokenizer(self) -> Any:
+        # random weights need no more of the folder than its manifest
+        if self.config.load_format != "dummy" or (self.folder / TOKENIZER).is_dir():
+            check_tokenizer(self.folder, self.manifest)
+        return load_tokenizer(self.folder)
 
     def _connect(self) -> jax.Array | None:
         """What decode steps sum over; None where `psum` has to do."""

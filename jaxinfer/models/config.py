@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.files import MEND, CheckpointError, DamagedError
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -24,11 +24,18 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: the kind, its base and the kind's own numbers under Hugging Face's names."""
+    """Rotary embedding: the kind, its base and the kind's own numbers under Hugging Face's names.
+
+    Raises:
+      ConfigError: a kind that there is not, a number that it needs and that is missing or out of range.
+    """
 
     kind: str = "default"
     theta: float = 10000.0
     parameters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_rope(self)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class ModelConfig:
       learned_positions: rows of a table of positions; the first `position_offset` of them are not used.
       embed_scale: factor of the embedded tokens.
       embed_width: of embedding and head, where matrices lead from there to H and back.
+
+    Raises:
+      ConfigError: a field that is not of its type or range.
     """
 
     architecture: str
@@ -89,6 +99,9 @@ class ModelConfig:
     embed_scale: float = 1.0
     embed_width: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_model(self)
+
     @property
     def reduces_per_layer(self) -> int:
         """Sums over ``tensor`` that a layer needs."""
@@ -99,25 +112,28 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
-        """Raises CheckpointError where the fields are not those that this version writes."""
+        """Raises CheckpointError where the fields are not those that this version writes, or have illegal values."""
         _check_fields(cls, data, "model")
         rope = data["rope"]
-        if rope:
+        if rope is not None:
             _check_fields(RopeConfig, rope, "model: rope")
-        sequences = {name: tuple(data[name]) for name in ("windows", "eos_token_ids") if name in data}
-        return cls(**data | sequences | {"rope": rope and RopeConfig(**rope)})
+        sequences = {name: tuple(each) for name, each in data.items() if isinstance(each, list)}
+        try:
+            return cls(**data | sequences | {"rope": rope and RopeConfig(**rope)})
+        except ConfigError as error:
+            raise DamagedError(f"manifest.json: damaged, model: {error}; {MEND}") from error
 
 
 def _check_fields(kind: type, data: dict[str, Any], what: str) -> None:
     if not isinstance(data, dict):
-        raise CheckpointError(f"manifest.json: damaged, {what}: expected a mapping, found {data!r}")
+        raise DamagedError(f"manifest.json: damaged, {what}: expected a mapping, found {data!r}; {MEND}")
     known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(kind)}
     if unknown := data.keys() - known.keys():
         names = ", ".join(map(repr, sorted(unknown)))
         newer = "the checkpoint was probably made by a newer version; update"
         raise CheckpointError(f"manifest.json: {what}: unknown field {names}: {newer}")
     if missing := [name for name, needed in known.items() if needed and name not in data]:
-        raise CheckpointError(f"manifest.json: damaged, {what}: missing {', '.join(missing)}")
+        raise DamagedError(f"manifest.json: damaged, {what}: missing {', '.join(missing)}; {MEND}")
 
 
 _LEGAL = {bool: "true or false", dict: "a mapping", list: "a list"}
@@ -230,19 +246,94 @@ def read_rope(hf: dict[str, Any], head_dim: int, context: int) -> RopeConfig:
     stretch = context / count(raw, "original_max_position_embeddings")
     if kind == "longrope" or (kind == "yarn" and "factor" in raw):
         raw["factor"] = raw.get("factor") or stretch  # not given: by how much the context grew
+    rope = RopeConfig(kind, float(theta), raw)
+    _check_factors(rope, head_dim)
+    return rope
+
+
+def _check_rope(rope: RopeConfig) -> None:
+    """`RopeConfig`'s errors."""
+    kind, raw = rope.kind, rope.parameters
+    legal({}, "rope_type", kind, *ROPE_KINDS)
+    number({"rope_theta": rope.theta}, "rope_theta")
+    given({"rope's parameters": raw}, "rope's parameters", {})
     named = {f"{kind} rope's {name}": value for name, value in raw.items()}
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(kind, ("factor",)):
         number(named, f"{kind} rope's {name}")
+    if kind != "default":
+        count(named, f"{kind} rope's original_max_position_embeddings")
     if kind in ("yarn", "longrope"):
         for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             optional(named, f"{kind} rope's {name}", number)
         given(named, f"{kind} rope's truncate", True)
-    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
-        factors = raw.get(name)
+
+
+def _check_factors(rope: RopeConfig, head_dim: int) -> None:
+    """Raises ConfigError where longrope has not one factor for each pair of a head's width."""
+    for name in ("short_factor", "long_factor") if rope.kind == "longrope" else ():
+        factors = rope.parameters.get(name)
         if not isinstance(factors, list) or len(factors) != head_dim // 2:
             found = f"{len(factors)} of them" if isinstance(factors, list) else repr(factors)
             raise ConfigError(f"longrope rope's {name}: expected a list of {head_dim // 2} numbers, found {found}")
         for factor in factors:
             number({f"longrope rope's {name}": factor}, f"longrope rope's {name}")
-    return RopeConfig(kind, float(theta), raw)
+
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_width",
+    "max_context",
+)
+_COUNTED_FROM_0 = ("learned_positions", "position_offset")
+_NUMBERS = ("norm_eps", "embed_scale")
+_NUMBERS_OR_NONE = ("query_scale", "attention_softcap", "logit_softcap")
+_CHOICES = {"norm": ("rms", "rms+1", "layer"), "activation": ACTIVATIONS, "parallel_norms": (1, 2)}
+_FLAGS = tuple(each.name for each in fields(ModelConfig) if each.type in ("bool", bool))
+
+
+def _check_model(config: ModelConfig) -> None:
+    """`ModelConfig`'s errors."""
+    values = vars(config)
+    _in_range("architecture", config.architecture, "a text", isinstance(config.architecture, str))
+    for name in _COUNTS:
+        _in_range(name, values[name], "a whole number from 1", _whole(values[name], 1))
+    for name in _COUNTED_FROM_0:
+        _in_range(name, values[name], "a whole number from 0", _whole(values[name], 0))
+    width = config.embed_width
+    _in_range("embed_width", width, "null or a whole number from 1", width is None or _whole(width, 1))
+    for name in _NUMBERS + tuple(each for each in _NUMBERS_OR_NONE if values[each] is not None):
+        number(values, name)
+    for name in _FLAGS:
+        _in_range(name, values[name], "true or false", type(values[name]) is bool)
+    for name, choices in _CHOICES.items():
+        found = values[name]
+        _in_range(name, found, " or ".join(map(str, choices)), type(found) is type(choices[0]) and found in choices)
+    windows, ends, start = config.windows, config.eos_token_ids, config.bos_token_id
+    legal_windows = isinstance(windows, tuple) and all(each is None or _whole(each, 1) for each in windows)
+    _in_range("windows", windows, "a list of whole numbers from 1 and nulls", legal_windows)
+    _in_range("windows", len(windows), f"num_layers ({config.num_layers}) of them", len(windows) == config.num_layers)
+    legal_ends = isinstance(ends, tuple) and all(type(each) is int for each in ends)
+    _in_range("eos_token_ids", ends, "a list of tokens", legal_ends)
+    _in_range("bos_token_id", start, "null or a token", start is None or type(start) is int)
+    check_kv_heads("num_kv_heads", config.num_kv_heads, "num_heads", config.num_heads)
+    positions = config.max_context + config.position_offset if config.learned_positions else 0
+    _in_range("learned_positions", config.learned_positions, f"from {positions}", config.learned_positions >= positions)
+    if config.rope is not None:
+        _in_range("head_dim", config.head_dim, "even, for rotary embedding", config.head_dim % 2 == 0)
+        _check_factors(config.rope, config.head_dim)
+
+
+def _in_range(name: str, value: Any, legal: str, holds: bool) -> None:
+    if not holds:
+        shown = repr(value)
+        raise ConfigError(f"{name}: found {shown if len(shown) < 80 else shown[:76] + ' ...'}, legal is {legal}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value <= LARGEST

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jaxinfer.cluster import distributed
@@ -21,16 +21,17 @@ def find_manifest(args: argparse.Namespace) -> tuple[Any, bytes]:
     Raises:
       ValueError: no such preset, or the checkpoint is not what it expects; CheckpointError: no checkpoint.
     """
-    from jaxinfer.checkpoint.manifest import NAME, encode, read_manifest
+    from jaxinfer.checkpoint.manifest import read_manifest
+    from jaxinfer.checkpoint.verify import identity
     from jaxinfer.presets import load_preset
 
     preset = None if args.preset is None else load_preset(args.preset)
     if args.model is None:
-        return preset.manifest, encode(preset.manifest)
+        return preset.manifest, identity(preset.manifest, None)
     manifest = read_manifest(args.model)
     if preset is not None:
         preset.check_manifest(args.model, manifest)
-    return manifest, Path(args.model, NAME).read_bytes()
+    return manifest, identity(manifest, args.model)
 
 
 def choose_mesh(run: Run, model: dict[str, Any], hosts: list[str]) -> dict[str, int]:
@@ -60,6 +61,7 @@ def load_model(run: Run, meanwhile: Callable[[Any], None]) -> Any:
     """
     import jax
 
+    from jaxinfer.checkpoint.manifest import WithoutChecksums
     from jaxinfer.llm import LLM
 
     args = run.args
@@ -81,7 +83,8 @@ def load_model(run: Run, meanwhile: Callable[[Any], None]) -> Any:
         bar.to(done, total)
 
     try:
-        with usage():
+        with usage(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", WithoutChecksums)  # the run says it once
             llm = LLM(
                 args.model or find_manifest(args)[0],
                 compile_cache="none",  # it is there already
@@ -90,6 +93,8 @@ def load_model(run: Run, meanwhile: Callable[[Any], None]) -> Any:
                 wait=False,
                 **engine_options(args),
             )
+        if args.model is not None and (warning := llm.engine.manifest.warning(args.model)):
+            run.say(f"WARNING: {warning}")
         with llm.engine.loading_stops_at_error():
             meanwhile(llm)
         with usage():
