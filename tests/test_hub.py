@@ -137,22 +137,22 @@ def step(job: int, rank: int = 0, tasks: int = 1) -> dict[str, str]:
 
 def test_jobs_that_have_a_port_in_common_run_at_once():
     """Two tasks of an array that are 64 apart, on one node."""
-    jobs = [start((), **step(job, rank, 2)) for job in (7, 71) for rank in (0, 1)]
+    jobs = [start((), **step(job, rank, 2)) for job in (20_007, 20_071) for rank in (0, 1)]
     wait_for_start(jobs)
     assert ends(jobs) == [(0, "")] * 4
 
 
 def test_a_step_of_one_task_needs_no_port():
     with contextlib.ExitStack() as stack:
-        for port in read_step(step(7)).ports:
+        for port in read_step(step(10_007)).ports:
             stack.enter_context(socket.create_server(("127.0.0.1", port)))
-        single = start((), **step(7))
+        single = start((), **step(10_007))
         wait_for_start([single])
         assert ends([single]) == [(0, "")]
 
 
 def test_processes_of_one_node_cannot_be_reached_from_another():
-    both = [start((), **step(8, rank, 2)) for rank in (0, 1)]
+    both = [start((), **step(30_007, rank, 2)) for rank in (0, 1)]
     wait_for_start(both)
     connections = [each for each in psutil.Process(both[0].pid).net_connections() if each.status == psutil.CONN_LISTEN]
     assert [each.laddr.ip for each in connections] == ["127.0.0.1"]

@@ -170,5 +170,5 @@ def test_another_users_credential_is_not_taken(munge):
 
 def test_ranks_meet_by_munge_where_they_share_no_folder(munge, tmp_path):
     (tmp_path / "none").touch()
-    ranks = [start((), **step(9, rank, 2), HOME=str(tmp_path / "none")) for rank in (0, 1)]
+    ranks = [start((), **step(40_007, rank, 2), HOME=str(tmp_path / "none")) for rank in (0, 1)]
     assert ends(ranks) == [(0, ""), (0, "")]

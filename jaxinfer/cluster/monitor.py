@@ -231,12 +231,10 @@ class Monitor:
     async def _find(self) -> tuple[Peer | None, str]:
         """Process 0, at one of its ports, else why not."""
         launch, errors = self._launch, []
-        if self._hub:
-            peer = await self._hub.own()
-            return peer, await self._introduce(peer)
-        for port in launch.ports:
+        ports = (reach(launch.address, port, ANSWER_SECONDS) for port in launch.ports)
+        for connecting in (self._hub.own(),) if self._hub else ports:
             try:
-                peer = await reach(launch.address, port, ANSWER_SECONDS)
+                peer = await connecting
                 error = await self._introduce(peer)
                 if not error:
                     return peer, ""
