@@ -173,6 +173,18 @@ def test_bad_lines_are_told_and_the_rest_runs(tiny, tmp_path):
     assert len(out.read_text().splitlines()) == 4 + 9
 
 
+def second_is_refused(first: subprocess.Popen, *arguments) -> None:
+    """A second run on the output of one that has looked at it and loads its model."""
+    while not arguments[-1].with_suffix(".run.json").exists():
+        assert first.poll() is None
+        time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        assert f"{arguments[-1]}: another run is writing to it" in run(*arguments, status=2).stderr
+    finally:
+        first.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.slow
 def test_killed_and_run_again_equals_undisturbed(tiny, tmp_path):
     prompts = write_lines(tmp_path / "in.jsonl", random_lines(60))
@@ -186,6 +198,8 @@ def test_killed_and_run_again_equals_undisturbed(tiny, tmp_path):
         going = subprocess.Popen(
             command(*arguments, "--output", out), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
         )
+        if not kills:
+            second_is_refused(going, *arguments, "--output", out)
         while going.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < before + 20):
             time.sleep(0.005)
         going.send_signal(signal.SIGKILL)
@@ -297,16 +311,6 @@ def test_text_on_the_screen(stories):
     assert "output tokens/s" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_text_that_the_screen_cannot_show(tiny, tmp_path, monkeypatch, capsys):
-    prompts = write_lines(tmp_path / "in.jsonl", [{"id": each, "prompt_token_ids": [3]} for each in ("café", "日本")])
-    screen = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii"))
-    arguments = ("--model", tiny, "--prompts", prompts, "--max-new-tokens", 2, "--mesh", "tensor=1")
-    status, err = in_process(monkeypatch, capsys, *arguments)
-    sys.stdout.flush()
-    assert status == 0 and re.findall(rb"=== (.*)", screen.getvalue()) == [b"caf\\xe9", b"\\u65e5\\u672c"], err
-
-
 def test_what_is_refused_leaves_no_output_and_takes_none_away(tiny, tmp_path, monkeypatch, capsys):
     prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}])
     out = tmp_path / "out.jsonl"
@@ -319,29 +323,14 @@ def test_what_is_refused_leaves_no_output_and_takes_none_away(tiny, tmp_path, mo
     assert out.read_bytes() == whole
 
 
-@pytest.mark.slow
-def test_of_two_runs_on_one_output_the_second_is_refused(tiny, tmp_path):
-    prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}, {"prompt_token_ids": [5]}])
-    arguments = ("--model", tiny, "--prompts", prompts, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2)
-    first = subprocess.Popen(command(*arguments, *SMALL), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    while not (tmp_path / "out.run.json").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
-    first.send_signal(signal.SIGSTOP)  # a load that takes its time
-    try:
-        assert f"{tmp_path / 'out.jsonl'}: another run is writing to it" in run(*arguments, *SMALL, status=2).stderr
-    finally:
-        first.send_signal(signal.SIGCONT)
-    assert first.wait(timeout=300) == 0
-    assert sorted(results(tmp_path / "out.jsonl")) == [("1", 0), ("2", 0)]
-
-
 def test_an_output_that_is_no_file_takes_lines_and_nothing_else(tiny, tmp_path, monkeypatch, capsys):
-    prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}, {"id": "bad"}])
+    prompts = write_lines(tmp_path / "in.jsonl", [{"id": "日本", "prompt_token_ids": [3, 4]}, {"id": "bad"}])
     arguments = ("--model", tiny, "--prompts", prompts, "--max-new-tokens", 2, "--mesh", "tensor=1", "--output")
-    devices = set(os.listdir("/dev"))
-    status, err = in_process(monkeypatch, capsys, *arguments, "/dev/null")
-    assert status == 0, err
+    devices, screen = set(os.listdir("/dev")), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii"))  # cannot show the name
+    status, err = in_process(monkeypatch, capsys, *arguments, "/dev/null", "--print")
+    sys.stdout.flush()
+    assert status == 0 and screen.getvalue().startswith(b"=== \\u65e5\\u672c\n"), err
     status, err = in_process(monkeypatch, capsys, *arguments, "/dev/full")
     assert status == 2 and "error: /dev/full: No space left on device, after 0 lines" in err
     out, into = os.pipe()
@@ -349,7 +338,7 @@ def test_an_output_that_is_no_file_takes_lines_and_nothing_else(tiny, tmp_path, 
     os.close(into)
     with open(out) as pipe:
         found = [json.loads(line) for line in pipe]
-    assert status == 0 and [line["id"] for line in found] == ["bad", "1"], err
+    assert status == 0 and [line["id"] for line in found] == ["bad", "日本"], err
     assert set(os.listdir("/dev")) == devices and list(tmp_path.iterdir()) == [prompts]
 
 
