@@ -63,9 +63,10 @@ input lines (.jsonl):
   a prompt. A bad line becomes {"id": ..., "line": ..., "error": ...} in the output, and the rest runs.
 
 output lines:
-  id, index (0 to n-1), text, token_ids, finish_reason (stop or length), prompt_tokens, completion_tokens, ttft_s,
-  latency_s, and logprobs where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command) and
-  OUT.metrics.json. A pipe or a device (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
+  id, index (0 to n-1), text, token_ids, finish_reason (stop or length), limit (of a length: max_new_tokens, or
+  context where the model has no room for so many), prompt_tokens, completion_tokens, ttft_s, latency_s, and logprobs
+  where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command) and OUT.metrics.json. A pipe
+  or a device (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
   Logits that are NaN or infinite end a sample, no other, as {"id": ..., "index": ..., "error": ...};
   the next run of the same command tries it again, and with another --dtype and --resume-anyway those alone.
 

@@ -52,6 +52,11 @@ class Completion:
         return self.samples[0].finish_reason
 
     @property
+    def limit(self) -> str | None:
+        """What a finish reason of ``length`` is of: ``max_new_tokens`` or ``context``."""
+        return self.samples[0].limit
+
+    @property
     def error(self) -> str | None:
         return self.samples[0].error
 
@@ -219,7 +224,7 @@ class LLM:
         Raises:
           FloatingPointError: logits that are NaN or infinite: at which token of which text, and what to try.
         """
-        params = SamplingParams(max_new_tokens=1, prompt_logprobs=0)
+        params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
         completions = self._complete(texts, params)
         for place, completion in enumerate(completions):
             if completion.error is not None:

@@ -135,10 +135,11 @@ def test_bad_lines_are_told_and_the_rest_runs(tiny, tmp_path):
     assert sorted(found) == [("11", 0), ("11", 1), ("fits", 0), ("good", 0)]
     assert len(found["good", 0]["token_ids"]) <= 5 and found["good", 0]["prompt_tokens"] == 3
     assert found["fits", 0]["completion_tokens"] == 1 and found["fits", 0]["finish_reason"] == "length"
+    assert (found["fits", 0]["limit"], found["11", 0]["limit"]) == ("context", "max_new_tokens")
     for index in (0, 1):
         line = found["11", index]
-        fields = "id index text token_ids finish_reason prompt_tokens completion_tokens ttft_s latency_s logprobs"
-        assert list(line) == fields.split()
+        fields = "id index text token_ids finish_reason limit prompt_tokens completion_tokens ttft_s latency_s"
+        assert list(line) == [*fields.split(), "logprobs"]
         assert [each["token_id"] for each in line["logprobs"]] == line["token_ids"]
         assert all(len(each["top"]) == 2 and each["logprob"] <= 0 for each in line["logprobs"])
         assert 0 < line["ttft_s"] <= line["latency_s"]

@@ -140,6 +140,7 @@ def test_a_long_prompt_does_not_stall_decoding(tiny):
         ([], {}, "empty"),
         ([96], {}, "token id 96 is out of range; legal: 0 to 95"),
         ([5] * 256, {}, "256 tokens; legal: up to 255"),
+        ([5] * 257, {"max_new_tokens": 0}, r"257 tokens; legal: up to 256 \(max_context\)"),
         ([5], {"stop_token_ids": (400,)}, "400"),
         ([5], {"stop": "a"}, "stop: the checkpoint has no tokenizer, hence no text to look in; legal: stop_token_ids"),
     ],
@@ -169,8 +170,15 @@ def test_what_is_no_request_is_refused(tiny):
 
 
 def test_output_ends_with_the_context(tiny):
-    output = run(make_engine(tiny), {"x": [5] * 250}, SamplingParams(max_new_tokens=50, ignore_eos=True))["x", 0]
-    assert output.finish_reason == "length" and output.completion_tokens == 6
+    prompts, lengths = {"long": [5] * 250, "just": [5] * 250, "short": [5] * 2}, {"long": 50, "just": 6, "short": 3}
+    params = {name: SamplingParams(max_new_tokens=length, ignore_eos=True) for name, length in lengths.items()}
+    found = run(make_engine(tiny), prompts, params)
+    ends = {name: (each.finish_reason, each.limit, each.completion_tokens) for (name, _), each in found.items()}
+    assert ends == {
+        "long": ("length", "context", 6),
+        "just": ("length", "max_new_tokens", 6),
+        "short": ("length", "max_new_tokens", 3),
+    }
 
 
 def test_abort_frees_everything_and_leaves_others_alone(tiny):
@@ -202,6 +210,30 @@ def test_prompt_logprobs_equal_transformers(tmp_path):
         assert entry.logprob == pytest.approx(row[whole[at + 1]].item(), abs=2e-4)
         assert [value for _, value in entry.top] == pytest.approx(row.topk(4).values.tolist(), abs=2e-4)
         assert entry.rank == 1 + int((row > row[whole[at + 1]]).sum())
+
+
+@pytest.mark.parametrize("mesh", ["", "stage=2"])
+def test_a_prompt_that_fills_the_context_is_scored_without_a_new_token(tmp_path, mesh):
+    model = make_hf_folder(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    prompts = {str(size): [(7 * i + size) % 96 for i in range(size)] for size in (128, 1, 127, 33)}
+    with torch.no_grad():
+        logits = {name: model(torch.tensor([ids])).logits[0].log_softmax(-1) for name, ids in prompts.items()}
+    # and one that decodes beside them
+    prompts["z"] = [5] * 20
+    params = dict.fromkeys(prompts, SamplingParams(max_new_tokens=0, prompt_logprobs=0, n=2))
+    params["z"] = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    engine = make_engine(tmp_path / "ckpt", mesh, max_batch=2, page_size=8, pages=17)
+    found = run(engine, prompts, params)
+    assert found["z", 0].completion_tokens == 9
+    for name, expected in logits.items():
+        for index in (0, 1):
+            output = found[name, index]
+            assert (output.finish_reason, output.limit) == ("length", "max_new_tokens")
+            assert (output.token_ids, output.text, output.logprobs) == ([], "", None)
+        for at, each in enumerate(found[name, 0].prompt_logprobs[1:]):
+            assert each.logprob == pytest.approx(expected[at, prompts[name][at + 1]].item(), abs=2e-4)
+    assert engine.scheduler.free_pages == [16]
 
 
 def test_stop_strings_and_stop_tokens_end_the_text_before_them(stories):

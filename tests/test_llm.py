@@ -201,6 +201,16 @@ def test_a_score_is_the_logprob_of_the_text(llm):
     [again] = llm.score([said.prompt_token_ids + said.token_ids])
     expected = [each.logprob for each in said.samples[0].logprobs]
     assert again.logprobs[-5:] == pytest.approx(expected, abs=1e-4)
+    # a text of exactly max_context tokens needs no room for another
+    ids = [5 + place % 90 for place in range(256)]
+    full, shorter = llm.score([ids, ids[:255]])
+    assert full.logprobs[:255] == pytest.approx([None, *shorter.logprobs[1:]], abs=1e-4) and full.logprobs[255] < 0
+    with pytest.raises(ValueError, match=r"prompt 1: the prompt has 257 tokens; legal: up to 256 \(max_context\)"):
+        llm.score([[5], [*ids, 5]])
+    [empty] = llm.generate([ids], {"max_new_tokens": 0, "logprobs": 1})
+    assert (empty.text, empty.token_ids, empty.limit, empty.samples[0].logprobs) == ("", [], "max_new_tokens", [])
+    [capped] = llm.generate([ids[:250]], {"max_new_tokens": 7, "ignore_eos": True})
+    assert (len(capped.token_ids), capped.finish_reason, capped.limit) == (6, "length", "context")
 
 
 def test_chat_needs_a_template(llm):

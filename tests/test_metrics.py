@@ -11,8 +11,8 @@ from jaxinfer.telemetry.metrics import RunMetrics, percentiles, rows
 from jaxinfer.telemetry.peaks import memory_bandwidth
 
 
-def output(name: str, index: int, tokens: int, ttft: float, latency: float) -> Output:
-    return Output(name, index, "", list(range(tokens)), "length", 10, tokens, ttft, latency)
+def output(name: str, index: int, tokens: int, ttft: float, latency: float, limit="max_new_tokens") -> Output:
+    return Output(name, index, "", list(range(tokens)), "length" if limit else "stop", limit, 10, tokens, ttft, latency)
 
 
 def stats(**counts) -> dict:
@@ -30,7 +30,7 @@ def test_summary_of_two_requests_one_with_two_samples():
     metrics.add(Update("a", 0, [0], ""))
     time.sleep(0.05)
     metrics.add(Update("a", 0, [1, 2], "", output("a", 0, 3, ttft=0.1, latency=0.5)))
-    metrics.add(Update("a", 1, [0], "", output("a", 1, 1, ttft=0.2, latency=0.2)))
+    metrics.add(Update("a", 1, [0], "", output("a", 1, 1, ttft=0.2, latency=0.2, limit="context")))
     metrics.add(Update("b", 0, list(range(11)), "", output("b", 0, 11, ttft=0.3, latency=2.3)))
     counts = stats(
         decode_seconds=2.0,
@@ -52,8 +52,10 @@ def test_summary_of_two_requests_one_with_two_samples():
     assert 0.05 <= summary["itl_s"]["max"] < 0.5
     assert (summary["bubble_share"], summary["steady_bubble_share"]) == (0.25, 0.0)
     assert summary["share_of_peak"] == pytest.approx(1.2 / 4.8)
+    assert summary["ended_by_limit"] == {"max_new_tokens": 2, "context": 1}
     table = dict(rows(summary, {"bad lines": 1, "already finished": 0}))
     assert table["requests"] == "2 (3 samples)"
+    assert table["ended by a limit"] == "2 by max_new_tokens, 1 by context"
     assert table["bad lines"] == "1" and "already finished" not in table
     assert table["pipeline bubble"] == "25.0% of stage-ticks idle, 0.0% in steady decode"
     assert table["decode bandwidth"] == "1,200.0 GB/s per device, 25.0% of 4,800 GB/s"
@@ -65,7 +67,11 @@ def test_summary_of_two_requests_one_with_two_samples():
 def test_nothing_ran():
     summary = RunMetrics().summary(stats(), "cpu")
     assert summary["ttft_s"] is summary["bubble_share"] is summary["decode_bytes_per_s"] is None
-    assert dict(rows(summary, {}))["TTFT in ms"] == "-"
+    assert dict(rows(summary, {}))["TTFT in ms"] == "-" and "ended by a limit" not in dict(rows(summary, {}))
+    metrics = RunMetrics()
+    metrics.add(Update("a", 0, [], "", output("a", 0, 0, ttft=0.1, latency=0.1, limit=None)))
+    summary = metrics.summary(stats(), "cpu")
+    assert summary["ended_by_limit"] == {"max_new_tokens": 0, "context": 0} and summary["ttft_s"] is None
 
 
 @pytest.mark.parametrize(

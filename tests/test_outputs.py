@@ -39,7 +39,7 @@ def out(tmp_path):
 
 def test_a_line_has_the_fields_of_the_command(out):
     score = TokenLogprob(5, -0.5, 1, [(5, -0.5), (6, -2.0)])
-    output = Output("a", 1, "hé", [5], "stop", 3, 1, 0.12345678, 0.2, [score], [None, score])
+    output = Output("a", 1, "hé", [5], "stop", None, 3, 1, 0.12345678, 0.2, [score], [None, score])
     begin(out, [request("a")])
     with Writer(out) as writer:
         writer.write(output_line(output))
@@ -56,6 +56,7 @@ def test_a_line_has_the_fields_of_the_command(out):
         "text": "hé",
         "token_ids": [5],
         "finish_reason": "stop",
+        "limit": None,
         "prompt_tokens": 3,
         "completion_tokens": 1,
         "ttft_s": 0.123457,
@@ -63,8 +64,9 @@ def test_a_line_has_the_fields_of_the_command(out):
         "logprobs": [scored],
         "prompt_logprobs": [None, scored],
     }
-    plain = output_line(Output("a", 0, "", [], "length", 3, 0, 0.1, 0.2))
+    plain = output_line(Output("a", 0, "", [], "length", "context", 3, 0, 0.1, 0.2))
     assert "logprobs" not in plain and "prompt_logprobs" not in plain
+    assert (plain["finish_reason"], plain["limit"]) == ("length", "context")
 
 
 def test_files_beside_the_output():

@@ -15,7 +15,7 @@ INTEGERS = {
     "seed": (0, 2**32 - 1),
     "n": (1, 4096),
     "min_new_tokens": (0, 64),
-    "max_new_tokens": (1, 2**30),
+    "max_new_tokens": (0, 2**30),
     "logprobs": (0, 20),
     "prompt_logprobs": (0, 20),
 }

@@ -21,17 +21,18 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def add(tokenizer, tokens, chunk=2, **params):
-    """The last output of these tokens, in pieces."""
+def begin(tokenizer, **params):
     params = SamplingParams(**params)
-    sample = Sample(
-        Request("x", [A], params), SimpleNamespace(index=0, params=params), tokenizer, (END,), "float32", 0.0
-    )
-    for start in range(0, len(tokens), chunk):
-        update = sample.add(tokens[start : start + chunk], None, "decode", 1.0)
-        if update.output is not None:
-            return update.output
-    return None
+    sequence = SimpleNamespace(index=0, params=params)
+    return Sample(Request("x", [A], params), sequence, tokenizer, (END,), "float32", "context", 0.0)
+
+
+def add(tokenizer, tokens, chunk=2, **params):
+    """The output of these tokens, in pieces."""
+    sample = begin(tokenizer, **params)
+    pieces = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)] or [[]]
+    outputs = (sample.add(piece, None, "decode", 1.0).output for piece in pieces)
+    return next(output for output in outputs if output is not None)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 6])
@@ -57,6 +58,21 @@ def test_the_end_token_may_be_one_of_many(tokenizer):
     assert add(tokenizer, tokens, stop="<end><turn>", ignore_eos=True).token_ids == tokens[:5]
     output = add(tokenizer, tokens, min_new_tokens=3, stop="b<end>")
     assert (output.text, output.token_ids) == ("a", tokens[:4])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "expected"),
+    [
+        ([A, B], "x", ("ab", "length", "context")),
+        ([A, B], "b", ("a", "stop", None)),
+        ([A, END], "x", ("a", "stop", None)),
+        ([], "x", ("", "length", "context")),
+    ],
+)
+def test_a_length_says_of_which_limit(tokenizer, tokens, stop, expected):
+    output = add(tokenizer, tokens, stop=stop, max_new_tokens=len(tokens))
+    assert (output.text, output.finish_reason, output.limit) == expected
+    assert begin(tokenizer).aborted(1.0).output.limit is None
 
 
 def test_a_stop_token_that_is_text_is_no_part_of_the_text(tokenizer):

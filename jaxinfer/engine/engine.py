@@ -147,16 +147,18 @@ class Engine:
         wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
         if wrong is not None:
             raise ValueError(f"token id {wrong} is out of range; legal: 0 to {vocabulary - 1}")
-        if len(prompt) >= self.max_context:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens; legal: up to {self.max_context - 1} (max_context - 1)"
-            )
+        most, of = (
+            (self.max_context - 1, "max_context - 1") if params.max_new_tokens else (self.max_context, "max_context")
+        )
+        if len(prompt) > most:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; legal: up to {most} ({of})")
         params.check_vocabulary(vocabulary)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: the checkpoint has no tokenizer, hence no text to look in; legal: stop_token_ids")
         room = self.max_context - len(prompt)
-        capped = params
+        capped, limit = params, "max_new_tokens"
         if params.max_new_tokens > room:
+            limit = "context"
             capped = params.merge({"max_new_tokens": room, "min_new_tokens": min(params.min_new_tokens, room)})
         sequences = []
         for index in range(params.n):
@@ -182,7 +184,8 @@ class Engine:
         now = time.perf_counter()
         for sequence in sequences:
             own = replace(request, params=sequence.params)
-            self._samples[sequence] = Sample(own, sequence, self.tokenizer, model.eos_token_ids, self.dtype.name, now)
+            of_model = self.tokenizer, model.eos_token_ids, self.dtype.name
+            self._samples[sequence] = Sample(own, sequence, *of_model, limit, now)
         self._open[request.id] = sequences
         self._torn = False
 

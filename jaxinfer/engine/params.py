@@ -121,7 +121,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = _field((), _stop_token_ids, "tokens that end the output, beside the model's own")
     ignore_eos: bool = _field(False, _flag, "go on past the model's end token")
     min_new_tokens: int = _int_field(0, 0, MOST_TOKENS, "no end token or stop token before this many are out")
-    max_new_tokens: int = _int_field(64, 1, MOST_TOKENS, "end after this many tokens")
+    max_new_tokens: int = _int_field(64, 0, MOST_TOKENS, "end after this many tokens; 0: read the prompt alone")
     logprobs: int | None = _int_field(
         None, 0, MOST_TOP_LOGPROBS, "logprobs of the chosen token and this many likeliest ones"
     )

@@ -51,14 +51,16 @@ class Output:
 
     `finish_reason` is ``stop`` (end-of-sequence token, stop token or stop string), ``length``, ``abort``, or ``error``
     where the logits were NaN or infinite: `error` says at which token, and what to try; text and tokens are those
-    before it. `token_ids` keep the stop token; `text` has neither it nor the stop string. `prompt_logprobs` starts with
-    None: nothing comes before the first token."""
+    before it. `limit` is None, or which one a ``length`` is of: ``max_new_tokens``, or ``context`` where the request
+    asked for more tokens than its prompt leaves room for. `token_ids` keep the stop token; `text` has neither it nor
+    the stop string. `prompt_logprobs` starts with None: nothing comes before the first token."""
 
     id: str
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str
+    limit: str | None
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float

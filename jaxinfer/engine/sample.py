@@ -12,14 +12,22 @@ from jaxinfer.ops.sampling import NON_FINITE
 
 
 class Sample:
-    """Takes the tokens of one sequence as they arrive; `dtype` is for errors."""
+    """Takes the tokens of one sequence as they arrive; `limit` is what `max_new_tokens` follows from (see `Output`),
+    `dtype` is for errors."""
 
     def __init__(
-        self, request: Request, sequence: Sequence, tokenizer: Any, eos: tuple[int, ...], dtype: str, arrived: float
+        self,
+        request: Request,
+        sequence: Sequence,
+        tokenizer: Any,
+        eos: tuple[int, ...],
+        dtype: str,
+        limit: str,
+        arrived: float,
     ):
         params = request.params
         self.sequence = sequence
-        self._dtype = dtype
+        self._dtype, self._limit = dtype, limit
         self._error: str | None = None
         self._request = request
         self.arrived = arrived
@@ -91,6 +99,7 @@ class Sample:
             text="" if self._stream is None else self._stream.text,
             token_ids=list(self._token_ids),
             finish_reason=reason,
+            limit=self._limit if reason == "length" else None,
             prompt_tokens=len(self._request.prompt_token_ids),
             completion_tokens=len(self._token_ids),
             ttft_s=(self._first or now) - self.arrived,

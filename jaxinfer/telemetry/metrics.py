@@ -35,6 +35,7 @@ class RunMetrics:
         self._last: dict[tuple[str, int], float] = {}
         self._requests: set[str] = set()
         self._samples = 0
+        self._limits = {"max_new_tokens": 0, "context": 0}
         self._prompt_tokens = 0
         self._output_tokens = 0
         self._failed = 0
@@ -52,6 +53,8 @@ class RunMetrics:
             return
         self._last.pop(key, None)
         self._samples += 1
+        if output.limit is not None:
+            self._limits[output.limit] += 1
         if output.error is not None:
             self._failed += 1
             self._first_failure = self._first_failure or f"id {output.id!r}, index {output.index}: {output.error}"
@@ -72,6 +75,7 @@ class RunMetrics:
         return {
             "requests": len(self._requests),
             "samples": self._samples,
+            "ended_by_limit": self._limits,
             "failed": self._failed,
             "first_failure": self._first_failure,
             "prompt_tokens": self._prompt_tokens,
@@ -113,11 +117,13 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
     engine = summary["engine"]
     requests = f"{summary['requests']:,} ({summary['samples']:,} samples)"
     tokens = f"{summary['prompt_tokens']:,} prompt + {summary['output_tokens']:,} output"
+    limits = ", ".join(f"{count:,} by {name}" for name, count in summary["ended_by_limit"].items() if count)
     programs = f"{engine['compiled_programs']} programs, one per shape bucket"
     wall = f"{summary['wall_s']:.2f} s, {engine['compile_seconds']:.2f} s of it compiling {programs}"
     lines = [
         ("requests", requests if summary["samples"] != summary["requests"] else f"{summary['requests']:,}"),
         *((name, f"{count:,}") for name, count in notes.items() if count),
+        *([("ended by a limit", limits)] if limits else []),
         *([("failed", f"{summary['failed']:,} samples: non-finite logits")] if summary["failed"] else []),
         ("tokens", tokens),
         ("wall time", wall),
