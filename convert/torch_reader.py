@@ -133,11 +133,12 @@ def open_torch(path: Path) -> dict[str, SourceTensor]:
     except PickleError as error:
         raise ConvertError(f"{path}: its pickle cannot be read as plain weights: {error}") from error
     if type(state) is not dict:
-        raise ConvertError(f"{path}: holds {type(state).__name__}, not a state dict of tensors")
+        raise ConvertError(f"{path}: holds {type(state).__name__.lstrip('_')}, not a state dict of tensors")
     tensors = {}
     for name, value in state.items():
         if type(value) is not _Tensor:
-            raise ConvertError(f"{path}: {name!r} is {type(value).__name__}, not a tensor: not a plain state dict")
+            kind = type(value).__name__.lstrip("_")
+            raise ConvertError(f"{path}: {name!r} is {kind}, not a tensor: not a plain state dict")
         tensors[name] = _placed(path, name, value, found.get(f"{root}data/{value.storage.key}"))
     return tensors
 

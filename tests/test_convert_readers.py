@@ -127,11 +127,14 @@ def test_code_in_a_pickle_is_refused_by_name_and_does_not_run(tiny, tmp_path, wh
     assert trap.exists()  # the trap was live
 
 
-@pytest.mark.parametrize("value", [print, torch.nn.Linear(2, 2), torch.float32, {"nested": torch.ones(1)}, 3])
+@pytest.mark.parametrize(
+    "value", [print, torch.nn.Linear(2, 2), torch.float32, {"nested": torch.ones(1)}, 3, torch.FloatStorage]
+)
 def test_a_pickle_of_anything_but_tensors_is_refused(tmp_path, value):
     torch.save({"weight": value}, tmp_path / "x.bin")
-    with pytest.raises(ConvertError, match=r"it names |not a plain state dict"):
+    with pytest.raises(ConvertError, match=r"it names |not a plain state dict") as error:
         open_torch(tmp_path / "x.bin")
+    assert "_Storage" not in str(error.value)
 
 
 def test_other_bin_files_are_refused(tmp_path):

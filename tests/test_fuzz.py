@@ -3,6 +3,7 @@ memory. `mutations.py` has the kinds."""
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from jaxinfer.models.config import ConfigError
 from jaxinfer.models.families import from_hf, leaves
 from test_model_config import SMALL
 
+INNARDS = re.compile(r"codec|object (is|at|has)|NoneType|argument|unpack|\b_[A-Z][a-z]|[a-z](Error|Exception)\b")
 # how many of each kind
-FEW, MANY = 150, pytest.param(5_000, marks=pytest.mark.long)
+FEW, MANY = 300, pytest.param(5_000, marks=pytest.mark.long)
 
 
 def _read(tensors):
@@ -67,7 +69,7 @@ def test_a_bin_is_read_as_it_was_or_refused(bin_file, tmp_path, kind, count, lit
             sha256(path)
             found = _read(open_torch(path))
         except ConvertError as error:
-            assert str(path) in str(error)
+            assert str(path) in str(error) and not INNARDS.search(str(error)), number
         except Exception as error:
             pytest.fail(f"{kind}, {number}: {error!r}")
         else:
