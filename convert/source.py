@@ -12,6 +12,7 @@ from jaxinfer.json_text import read_object
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf
 
+_LONGEST_TOKENIZER = 256 << 20  # of each of its files, which are held whole
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
@@ -123,4 +124,6 @@ def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     for path in found:
         refuse_lfs_pointer(path)
+        if path.stat().st_size > _LONGEST_TOKENIZER:
+            raise ConvertError(f"{path}: longer than {_LONGEST_TOKENIZER >> 20} MiB, which no file of a tokenizer is")
     return tuple(sorted(found))

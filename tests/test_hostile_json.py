@@ -54,6 +54,12 @@ def test_a_file_of_gigabytes_is_not_read(tmp_path, little_memory):
         file.truncate(4 << 30)
     with pytest.raises(ConvertError, match=r"config.json: longer than 32 MiB"):
         open_source(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    write_safetensors(tmp_path / "model.safetensors", {"a": header_entry(0, 4, [1])}, bytes(4))
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(4 << 30)
+    with pytest.raises(ConvertError, match=r"tokenizer.json: longer than 256 MiB"):
+        open_source(tmp_path)
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write((1 << 31).to_bytes(8, "little"))
         file.truncate(4 << 30)
