@@ -5,8 +5,8 @@
     python -m benchmarks.throughput --model llama-2-70b --mesh stage=8 --max-batch 512 --requests 2048
     python -m benchmarks.throughput --model tiny --cpu-devices 1 --requests 32 --prompt-range 16:64 --new-tokens 16
 
-Prompt lengths are drawn evenly from the range, always the same ones. A first run of a few requests, not counted,
-compiles the programs. The floor is prefill at the matmul rate, then decode in full batches at copy bandwidth.
+Prompt lengths are drawn evenly from the range, always the same ones. A first run, not counted, compiles the
+programs. The floor is prefill at the matmul rate, then decode in full batches at copy bandwidth.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def main() -> None:
     what = "prompt tokens (default: 128:1024)"
     made.add_argument("--prompt-range", type=span, default=(128, 1024), metavar="LOW:HIGH", help=what)
     made.add_argument("--new-tokens", type=count, default=256, metavar="N", help="of each request (default: 256)")
-    what = "requests that decode at once, per data shard (default: 1024)"
-    made.add_argument("--max-batch", type=count, default=1024, metavar="N", help=what)
+    what = "requests that are in work at once, per data shard, at most (default: the engine's)"
+    made.add_argument("--max-batch", type=count, metavar="N", help=what)
     add_peer_option(made, PEER)
     args = made.parse_args()
     peer: dict[str, float] = {}
@@ -55,14 +55,12 @@ def main() -> None:
         sizes = lengths(args.requests, args.prompt_range)
         prompts = random_prompts(bench.model.vocab_size, sizes)
         llm = bench.llm(max_batch=args.max_batch, max_context=args.prompt_range[1] + args.new_tokens)
-        # as long and as short as they get, and a full batch, so that every program is there
-        warm = sorted(prompts, key=len)[:: max(1, args.requests // args.max_batch)]
-        run(llm, warm, args.new_tokens)
+        run(llm, prompts, args.new_tokens)  # so that every program is there
         before = asdict(llm.engine.stats)
         done = run(llm, prompts, args.new_tokens)
         stats = {name: value - before[name] for name, value in asdict(llm.engine.stats).items()}
         best = floor.offline_seconds(
-            bench.model, sizes, args.new_tokens, args.max_batch, bench.item, bench.limits, bench.sizes
+            bench.model, sizes, args.new_tokens, llm.engine.config.max_batch, bench.item, bench.limits, bench.sizes
         )
 
         def row(name: str, unit: str, work: float) -> Row:

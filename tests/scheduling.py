@@ -14,7 +14,7 @@ from sim_device import SimDevice, request
 BASE = SchedulerConfig(
     shards=1,
     stages=1,
-    rows=2,
+    max_batch=2,
     pages=40,
     page_size=4,
     decode_steps=4,
@@ -23,8 +23,9 @@ BASE = SchedulerConfig(
 )
 
 
-def config(**changes) -> SchedulerConfig:
-    return dataclasses.replace(BASE, **changes)
+def config(rows: int = 2, **changes) -> SchedulerConfig:
+    """`rows` of each microbatch."""
+    return dataclasses.replace(BASE, **{"max_batch": rows * changes.get("stages", 1)} | changes)
 
 
 def stops(tokens: list[int], stop: int) -> bool:
@@ -134,7 +135,7 @@ configs = st.builds(
     SchedulerConfig,
     shards=st.integers(1, 2),
     stages=st.integers(1, 4),
-    rows=st.sampled_from([1, 2, 3, 5]),
+    max_batch=st.integers(1, 20),
     pages=st.integers(5, 16),
     page_size=st.integers(1, 4),
     decode_steps=st.integers(1, 5),
@@ -151,6 +152,18 @@ def draw_request(draw, config: SchedulerConfig, uid: int):
     new = draw(st.integers(0, min(room - prompt + 1, 16)))
     stop = draw(st.sampled_from([0, 0, 5]))
     return request(uid, prompt, new, draw(st.integers(0, 3)), SimpleNamespace(max_new_tokens=new, stop=stop))
+
+
+def expects_little(engine: Engine) -> Engine:
+    """After some outputs of one token that could have been longer: others are admitted as if they were so short, too,
+    and pages run out."""
+    for uid in range(100, 108):
+        engine.add(request(uid, 2, 8, params=SimpleNamespace(max_new_tokens=8, stop=1)))
+    engine.run()
+    engine.history.clear()
+    engine.sequences.clear()
+    engine.got.clear()
+    return engine
 
 
 def kinds(engine) -> str:

@@ -81,7 +81,7 @@ test_any_order_of_events = AnyOrder.TestCase
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_no_stage_idles_once_there_are_as_many_sequences_as_microbatches(stages, shards):
-    engine = Engine(config(stages=stages, shards=shards, rows=3, pages=200))
+    engine = Engine(config(stages=stages, shards=shards, rows=3, pages=1000))
     for uid in range(stages * shards):
         engine.add(request(uid, 3 + uid, 400))
     for _ in range(10 * stages):
@@ -252,7 +252,7 @@ def test_results_out_of_order_and_lost_tokens_are_errors():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 0}, "rows: found 0"),
+        ({"max_batch": 0}, "max_batch: found 0"),
         ({"pages": 1}, "pages: found 1"),
         ({"prefill_shapes": ()}, "prefill_shapes: found"),
         ({"prefill_shapes": ((1, 8), (0, 8))}, "prefill_shapes: found"),

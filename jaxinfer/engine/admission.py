@@ -5,11 +5,18 @@ Nothing here looks at a clock or at a token's value, so every process decides al
 
 import bisect
 import heapq
+from math import ceil
 
+from jaxinfer.engine.forecast import Forecast
+from jaxinfer.engine.lengths import OutputLengths
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.scheduler_config import SchedulerConfig
 from jaxinfer.engine.sequence import Sequence, State
+from jaxinfer.engine.shapes import WIDE
 from jaxinfer.engine.shard import Shard, arrival, discard
+
+FULL = 256  # rows of a microbatch beyond which a step takes time by its rows: there, fewer at once cost little
+LOOKED_AT = 256  # waiting sequences that stand for all
 
 
 class Admission:
@@ -21,6 +28,7 @@ class Admission:
 
     def __init__(self, config: SchedulerConfig):
         self.config = config
+        self.batch = config.max_batch  # sequences of a shard that should run at once: see `_choose_batch`
         self.preemptions = 0  # of sequences that had begun to prefill
         self.shards = [
             Shard(
@@ -30,8 +38,10 @@ class Admission:
             )
             for _ in range(config.shards)
         ]
+        self._lengths = OutputLengths()
         self._queue: list[tuple[int, Sequence]] = []  # heap by arrival; the head is dropped when FINISHED
         self._waiting = 0
+        self._most = 0.0  # unfinished sequences of a shard, since none was
         self._arrivals = 0
         self._admissions = 0
 
@@ -66,6 +76,7 @@ class Admission:
 
     def remove(self, seq: Sequence) -> None:
         """Takes an unfinished sequence out of the queue, or frees its slot and pages."""
+        self._lengths.ended(len(seq.output), len(seq.output) < seq.params.max_new_tokens)
         if seq.state is State.WAITING:
             self._waiting -= 1
         elif seq.state is not State.DRAINED:
@@ -81,9 +92,10 @@ class Admission:
         """Gives slots and pages to the head of the queue as long as a shard has room for it.
 
         Room is pages for all its tokens, and for the growth of one block of each resident, itself included: with less,
-        the next decode block would preempt it again.
+        the next decode block would preempt it again. And the pages of all must suffice later, as they grow and end:
+        what is preempted was prefilled for nothing.
         """
-        config = self.config
+        config, forecast = self.config, None
         while self._queue:
             seq = self._queue[0][1]
             if seq.state is not State.WAITING:
@@ -94,26 +106,55 @@ class Admission:
             target = len(seq.prompt) + len(seq.output)
             pages = config.pages_for(target)
             needed = pages + self._growth(seq, pages)
-            best = None
-            for index, shard in enumerate(self.shards):
-                slots, free = shard.free_slots, shard.pages.free_pages
-                if slots and free >= needed + shard.reserve and (best is None or (free, slots) > best[:2]):
-                    best = free, slots, index
-            if best is None:
+            room = [
+                (shard.pages.free_pages, shard.free_slots, -index)
+                for index, shard in enumerate(self.shards)
+                if len(shard.residents) < config.max_batch and shard.pages.free_pages >= needed + shard.reserve
+            ]
+            if not room:
                 return
-            seq.shard = best[2]
-            shard = self.shards[seq.shard]
+            if forecast is None:
+                forecast = Forecast(self.shards, self._lengths, config.page_size, config.decode_steps)
+                self._choose_batch(forecast)
+            places = [-index for _, _, index in sorted(room, reverse=True)]
+            places = [each for each in places if len(self.shards[each].residents) < self.batch]
+            place = next((each for each in places if self._carries(each, forecast, seq)), None)
+            if place is None:
+                return
+            forecast.add(place, seq)
             heapq.heappop(self._queue)
             self._waiting -= 1
-            self._admissions += 1
-            seq.state = State.PREFILL
-            seq.epoch = self._admissions
-            seq.slot = shard.take_slot()
-            seq.pages = shard.pages.allocate(pages)
-            seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False
-            shard.reserve += needed - pages
-            bisect.insort(shard.residents, seq, key=arrival)
-            bisect.insort(shard.filling, seq, key=arrival)
+            self._take_in(seq, place, target)
+
+    def _choose_batch(self, forecast: Forecast) -> None:
+        """How many sequences of a shard should run at once: what the pages carry, in rounds of equal size, since a last
+        round of few would take as many steps as the others. It does not sink while anything runs."""
+        config = self.config
+        running = sum(len(shard.residents) for shard in self.shards)
+        unfinished = (running + self._waiting) / len(self.shards)
+        self._most = max(self._most, unfinished) if running else unfinished
+        some = [seq for _, seq in self._queue[:LOOKED_AT] if seq.state is State.WAITING]
+        carried = max(1, (config.pages - 1) / forecast.held_at_end(some))
+        fair = self._most / ceil(self._most / carried)
+        # while they come and go one by one, each has half of its tokens, so that twice as many find room
+        least, step = min(2 * carried, config.stages * FULL), config.stages * WIDE
+        batch = min(config.max_batch, ceil(max(least, fair if fair <= step else ceil(fair / step) * step)))
+        self.batch = max(self.batch, batch) if running else batch
+
+    def _take_in(self, seq: Sequence, place: int, target: int) -> None:
+        shard = self.shards[place]
+        self._admissions += 1
+        seq.state, seq.epoch = State.PREFILL, self._admissions
+        seq.shard, seq.slot = place, shard.take_slot()
+        seq.pages = shard.pages.allocate(self.config.pages_for(target))
+        seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False
+        shard.reserve += self._growth(seq, len(seq.pages))
+        bisect.insort(shard.residents, seq, key=arrival)
+        bisect.insort(shard.filling, seq, key=arrival)
+
+    def _carries(self, place: int, forecast: Forecast, seq: Sequence) -> bool:
+        """Whether a shard's pages suffice until all have ended; for a sequence alone, `add` has seen to that."""
+        return not self.shards[place].residents or forecast.peak(place, seq) < self.config.pages
 
     def _release(self, seq: Sequence) -> None:
         """Frees slot and pages. Its rows in the pipelines are stale from here on, known by their epoch."""

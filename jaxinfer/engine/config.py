@@ -18,8 +18,8 @@ class EngineConfig:
       mesh: sizes of the axes ``stage``, ``data``, ``tensor``; one left out is 1.
       dtype: of weights, activations and cache; None takes the checkpoint's.
       stage_layers: layers per stage; None balances them.
-      max_batch: sequences that decode at once, per data shard, at most; None takes 64, and with kernels up to 1024,
-        as many as the cache has room for.
+      max_batch: sequences that are in work at once, per data shard, at most; None takes 64, and with kernels up to
+        1024. Fewer are where the cache would not carry them to their ends, or more would gain nothing.
       page_size: tokens per cache page.
       pages: cache pages per data shard; None fills what memory is left after the weights.
       memory_fraction: share of a device's whole memory that weights, workspace and cache may take, where JAX has taken

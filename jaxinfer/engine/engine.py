@@ -107,12 +107,11 @@ class Engine:
             peers,
             lambda: beat("compile", self.steps, False),
         )
-        rows = self._runner.programs.rows()
         self.scheduler = Scheduler(
             SchedulerConfig(
                 shards=sizes["data"],
                 stages=sizes["stage"],
-                rows=rows,
+                max_batch=config.max_batch,
                 pages=self.memory.pages,
                 page_size=config.page_size,
                 decode_steps=config.decode_steps,

@@ -19,7 +19,7 @@ from jaxinfer.parallel.placement import MeshSizes, Parameter, Rules, local_shape
 MIB = 2**20
 SMALL_CHUNK, LARGE_CHUNK = 512, 8192  # tokens
 BATCHES = (64, 128, 256, 512, 1024)
-ORDINARY_CONTEXT = 4096  # tokens; few requests fill more, whatever the model could take
+LEAST_TOKENS = 256  # of cache for each row of a batch: with fewer rows, short requests would leave memory idle
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ def choose_batch(
     decoder: Decoder, config: EngineConfig, rules: Rules, sizes: MeshSizes, dtype: Any, max_context: int, limit: int
 ) -> int:
     """`max_batch`, or where none is set the best: the plain form of attention gathers the pages of every row; with
-    kernels, as many rows as find room in the cache when each holds half a context, or half an ordinary one."""
+    kernels, as many as short requests fill the cache with. How many of them run is up to `engine/admission.py`."""
     if config.max_batch is not None:
         return config.max_batch
     if decoder.kernels != "on" or decoder.config.alibi:
         return BATCHES[0]
     item = np.dtype(dtype).itemsize
     free = limit * config.memory_fraction - weights_bytes(decoder, rules, sizes, item)
-    row = _page(decoder, config, rules, sizes, item) * ceil(min(max_context, ORDINARY_CONTEXT) / 2 / config.page_size)
+    row = _page(decoder, config, rules, sizes, item) * ceil(min(max_context, LEAST_TOKENS) / config.page_size)
     return max([BATCHES[0], *(batch for batch in BATCHES if batch * row <= free)])
 
 

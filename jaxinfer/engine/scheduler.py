@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jaxinfer.engine.admission import Admission
 from jaxinfer.engine.scheduler_config import SchedulerConfig
 from jaxinfer.engine.sequence import Ahead, DecodeBlock, PrefillRow, PrefillTick, Sequence, State
-from jaxinfer.engine.shapes import cost, row_buckets, taken
+from jaxinfer.engine.shapes import WIDE, cost, row_buckets, taken
 
 
 @dataclass
@@ -336,9 +336,9 @@ class Scheduler:
         )
 
     def _expected_rows(self) -> int:
-        """The row bucket that decoding all unfinished sequences at once would take."""
-        slots = len(self._shards) * self.config.stages
-        return self._covering(min(self.config.rows, -(-self._unfinished // slots)))
+        """The row bucket that decoding as many sequences at once takes as should be, if there are so many."""
+        unfinished = -(-self._unfinished // len(self._shards))
+        return self._covering(-(-min(unfinished, self._admission.batch) // self.config.stages))
 
     def _covering(self, rows: int) -> int:
         return next(bucket for bucket in row_buckets(self.config.rows) if bucket >= rows)
@@ -347,12 +347,14 @@ class Scheduler:
         """The smallest row bucket in use that covers every owner.
 
         A new one covers the sequences that are still to come as well, or each step of the way up would compile a
-        program. On the way down, as requests end, the wide ones do for `patience` blocks.
+        program. On the way down, as requests end, the wide ones do for a while: `patience` blocks, or fewer the more
+        rows nobody uses.
         """
         highest = max(slot % self.config.rows for of_shard in owners for slot, seq in enumerate(of_shard) if seq)
         wanted = self._covering(highest + 1)
         rows = min((bucket for bucket in self._buckets if bucket >= wanted), default=0)
-        self._too_wide += rows > wanted
+        if rows > wanted:
+            self._too_wide += max(1, (rows - wanted) // WIDE)
         if self._fresh or not rows:
             rows = max(wanted, self._expected_rows())
         elif self._too_wide >= self.config.patience:

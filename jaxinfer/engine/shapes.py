@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 
 TICK_TOKENS = 256  # what a prefill tick costs beside its tokens, in tokens: reading the weights, launches
+WIDE = 64  # rows; up to about as many a step takes as long as reading the weights
 
 
 def row_buckets(rows: int) -> tuple[int, ...]:
-    """Rows per microbatch that decode programs are compiled for: 1, 4, 16, ... up to `rows`."""
-    buckets = [1]
-    while buckets[-1] < rows:
-        buckets.append(min(4 * buckets[-1], rows))
-    return tuple(buckets)
+    """Rows per microbatch that decode programs are compiled for, up to `rows`: 1, 4, 16, 64, and from there on each
+    WIDE more, since many rows cost arithmetic whether somebody uses them or not."""
+    buckets = [size for size in (1, 4, 16) if size < rows]
+    return (*buckets, *range(WIDE, rows, WIDE), rows)
 
 
 def cost(shape: tuple[int, int]) -> int:
