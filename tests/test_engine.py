@@ -212,8 +212,7 @@ def test_prompt_logprobs_equal_transformers(tmp_path):
         assert entry.rank == 1 + int((row > row[whole[at + 1]]).sum())
 
 
-@pytest.mark.parametrize("mesh", ["", "stage=2"])
-def test_a_prompt_that_fills_the_context_is_scored_without_a_new_token(tmp_path, mesh):
+def test_a_prompt_that_fills_the_context_is_scored_without_a_new_token(tmp_path):
     model = make_hf_folder(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
     prompts = {str(size): [(7 * i + size) % 96 for i in range(size)] for size in (128, 1, 127, 33)}
@@ -223,7 +222,7 @@ def test_a_prompt_that_fills_the_context_is_scored_without_a_new_token(tmp_path,
     prompts["z"] = [5] * 20
     params = dict.fromkeys(prompts, SamplingParams(max_new_tokens=0, prompt_logprobs=0, n=2))
     params["z"] = SamplingParams(max_new_tokens=9, ignore_eos=True)
-    engine = make_engine(tmp_path / "ckpt", mesh, max_batch=2, page_size=8, pages=17)
+    engine = make_engine(tmp_path / "ckpt", "stage=2", max_batch=2, page_size=8, pages=17)
     found = run(engine, prompts, params)
     assert found["z", 0].completion_tokens == 9
     for name, expected in logits.items():

@@ -70,7 +70,7 @@ def test_a_signal_at_any_time(llm, expected):
     finally:
         signal.signal(signal.SIGALRM, before)
     as_new(llm, expected)
-    assert interrupted > 10
+    assert interrupted
 
 
 class At:

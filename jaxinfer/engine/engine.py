@@ -221,6 +221,7 @@ class Engine:
 
     def put_back(self) -> list[str]:
         """Drops the requests that have not begun, so that those which have can end soon; the ids of the dropped."""
+        self._mend()
         names = [
             name
             for name, sequences in self._open.items()
