@@ -22,10 +22,10 @@ def check_tokenizer(folder: str | Path, manifest: Manifest) -> None:
     for name in manifest.tokenizer:
         if name not in there:
             raise DamagedError(f"{place / name}: missing; {MEND}")
-        found, expected = describe((place / name).read_bytes()), manifest.files[f"{TOKENIZER}/{name}"]
-        if found["bytes"] != expected["bytes"]:
-            raise DamagedError(f"{place / name}: {found['bytes']} bytes, expected {expected['bytes']}; {MEND}")
-        if found["xxh3_128"] != expected["xxh3_128"]:
+        size, expected = (place / name).stat().st_size, manifest.files[f"{TOKENIZER}/{name}"]
+        if size != expected["bytes"]:
+            raise DamagedError(f"{place / name}: {size} bytes, expected {expected['bytes']}; {MEND}")
+        if describe((place / name).read_bytes())["xxh3_128"] != expected["xxh3_128"]:
             raise DamagedError(f"{place / name}: its bytes changed since it was written (xxh3_128 differs); {MEND}")
     if more := sorted(there - set(manifest.tokenizer)):
         raise DamagedError(f"{place / more[0]}: not one of the checkpoint's files; remove it, or {MEND}")
