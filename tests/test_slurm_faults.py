@@ -116,12 +116,12 @@ def test_another_option(slurm_bed, checkpoint, tmp_path):
 
 
 def test_a_wrong_option(slurm_bed, checkpoint, tmp_path):
-    told = r"unrecognized arguments: --bogus \(--help explains\) \(rank {}/2 on node\d, in start\)"
+    told = r"unrecognized arguments: --bogus{} \(--help explains\) \(rank {}/2 on node\d, in start\)"
     command = generate(*options(checkpoint, tmp_path, "--port", 61008))
     for rank in (0, 1):
-        before = f'if [ $SLURM_PROCID = {rank} ]; then set -- "$@" --bogus; fi'
-        refused(slurm_bed, tmp_path, command, told.format(rank), before)
-    logs = refused(slurm_bed, tmp_path, [*command, "--bogus"], told.format("[01]"))
+        before = f"if [ $SLURM_PROCID = {rank} ]; then set -- \"$@\" --bogus=$'caf\\xe9'; fi"
+        refused(slurm_bed, tmp_path, command, told.format(r"=caf\\udce9", rank), before)
+    logs = refused(slurm_bed, tmp_path, [*command, "--bogus"], told.format("", "[01]"))
     assert "".join(logs).count("--bogus") == 1, logs
     text = "--prompts - works with one process"
     logs = refused(slurm_bed, tmp_path, [*command, "--prompts", "-"], text)

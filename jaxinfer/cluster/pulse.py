@@ -82,7 +82,7 @@ class Pulse:
 
     def fail(self, text: str) -> None:
         """Why this worker is about to end."""
-        self.shared.failure = text.encode()[:3000]
+        self.shared.failure = text.encode(errors="backslashreplace")[:3000]  # a path may be no UTF-8
 
     def stop_signal(self) -> int:
         """The signal that asked this run to stop; 0 if none has."""
