@@ -37,7 +37,7 @@ IMPORTS = [
     ("convert/families/__init__.py", "convert.families", "starcoder2"),
     ("tests/hf_models.py", "transformers", "Starcoder2Config, Starcoder2ForCausalLM"),
 ]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def insert(file: Path, opening: str, entry: str) -> None:

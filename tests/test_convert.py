@@ -300,7 +300,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_gigabytes_convert_in_a_little_memory(tmp_path):
     """Peak resident memory stays under three times the largest tensor plus 500 MB, also where the dtype widens."""
     hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
