@@ -30,7 +30,7 @@ $(MODEL)/manifest.json: $(wildcard examples/tinystories/model/*) convert/__init_
 	@$(BIN)/python -m convert --source examples/tinystories/model --output $(MODEL) --dtype float32
 
 test: MARKS := not long
-check: MARKS := not long and not slow
+check: MARKS := not long and not slow and not slurm
 test-long: MARKS := long
 test check test-long: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(MARKS)"

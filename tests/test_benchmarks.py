@@ -107,6 +107,7 @@ def test_engine_fields():
     }
 
 
+@pytest.mark.slow
 def test_latency_writes_what_draw_reads(tmp_path):
     found = tmp_path / "deep" / "latency.json"
     command = [sys.executable, "-m", "benchmarks.latency", "--model", "tiny", "--cpu-devices", "1", "--batch", "1,2"]

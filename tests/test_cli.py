@@ -298,11 +298,13 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     assert tokens(out) == one
 
 
+@pytest.mark.slow
 def test_a_profile_of_steps_that_never_come(stories, tmp_path):
     arguments = ("--model", stories, "--prompt", "Once", "--max-new-tokens", 2, "--profile", tmp_path / "p")
     assert "WARNING: nothing was traced: the run had" in run(*arguments).stderr
 
 
+@pytest.mark.slow
 def test_text_on_the_screen(stories):
     done = run(
         "--model", stories, "--prompt", "Once upon a time", "--prompt", "The cat", "--max-new-tokens", 12, *SMALL
@@ -343,6 +345,7 @@ def test_an_output_that_is_no_file_takes_lines_and_nothing_else(tiny, tmp_path, 
     assert set(os.listdir("/dev")) == devices and list(tmp_path.iterdir()) == [prompts]
 
 
+@pytest.mark.slow
 def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):
     out = tmp_path / "out.jsonl"
     arguments = (

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxinfer.compile_cache import OF_JAX, VARIABLE
 from processes import own_environment
 
@@ -38,6 +40,7 @@ def result(process: subprocess.Popen) -> tuple[str, int]:
     return "\n".join(warning), int(last.split()[0])
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_leave_whole_entries_for_the_next(tmp_path):
     folder, scratch = tmp_path / "deep" / "cache", tmp_path / "scratch"
     scratch.mkdir()
@@ -60,6 +63,7 @@ def test_the_environment_may_name_the_folder(tmp_path):
     assert result(start(None, **place))[1] == len(list((tmp_path / "here").iterdir())) >= 7
 
 
+@pytest.mark.slow
 def test_where_there_is_none(tmp_path):
     off = [start("none", XDG_CACHE_HOME=str(tmp_path)), start(None, XDG_CACHE_HOME=str(tmp_path))]  # on a CPU
     (tmp_path / "file").write_text("")

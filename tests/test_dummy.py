@@ -41,6 +41,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_mesh_and_seed_give_the_same_tokens(folder):
     first, again = (tokens(run(make_engine(folder, "tensor=2", load_format="dummy"), PROMPTS, GREEDY)) for _ in "ab")
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]

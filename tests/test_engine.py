@@ -105,6 +105,7 @@ def test_slots_are_refilled_while_others_run(tiny):
     assert order[-1] == "long" and len(order) == 6
 
 
+@pytest.mark.slow
 def test_what_waiting_requests_need_is_compiled_before_they_run(tiny):
     engine = make_engine(tiny, max_batch=8)
     lengths = [3, 200, 40, 17, 17, 30, 120, 5, 64, 31]
@@ -254,6 +255,7 @@ def test_stop_strings_and_stop_tokens_end_the_text_before_them(stories):
     assert output.text == engine.tokenizer.decode(output.token_ids[:-1])
 
 
+@pytest.mark.slow
 def test_a_requests_tokens_do_not_depend_on_its_neighbours(tiny):
     wanted = SamplingParams(max_new_tokens=30, temperature=1.0, seed=11, n=2, ignore_eos=True, presence_penalty=0.5)
     alone = tokens(run(make_engine(tiny), {"x": [7, 8, 9]}, wanted))

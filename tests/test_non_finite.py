@@ -53,7 +53,9 @@ def params(**more):
 
 
 # a page holds a whole context: whoever gets that of the poisoned request has NaN beyond its own tokens
-@pytest.mark.parametrize(("mesh", "temperature"), [("", 0), ("stage=2,tensor=2", 0.9)])
+@pytest.mark.parametrize(
+    ("mesh", "temperature"), [("", 0), pytest.param("stage=2,tensor=2", 0.9, marks=pytest.mark.slow)]
+)
 def test_a_request_with_nan_ends_and_spares_the_others(poisoned, mesh, temperature):
     free = params(temperature=temperature, seed=1, logit_bias={POISON: -100} if temperature else None)
     forced = params(logit_bias={POISON: 100}, logprobs=3)
@@ -129,6 +131,7 @@ def overflowing(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("overflow"), spoil)
 
 
+@pytest.mark.slow
 def test_float16_that_overflows_says_what_to_try(overflowing):
     llm = LLM(overflowing, dtype="float16", cpu_devices=8, max_batch=2, prefill_chunk=32)
     with pytest.warns(UserWarning, match="2 samples ended with an error, the first with non-finite logits"):

@@ -22,6 +22,7 @@ GIB = 1 << 30
 MEMORY_OFF, TPOT_OFF = 0.05, 0.20  # that a prediction may be
 CHECK = ("--preset", "tiny", "--check", "--mesh", "tensor=2", "--batch", 2, "--context", 64, "--new-tokens", 8)
 MEASURED = [line for line in (ROOT / "tests/data/plan_h200.csv").read_text().splitlines() if line[0] != "#"][1:]
+slow = pytest.mark.slow
 
 
 @pytest.fixture
@@ -85,14 +86,16 @@ def planned(gpus: str, words: tuple, text: str) -> dict[str, str]:
     [
         ("llama-2-70b", "6xA100-80", ("--mesh", "tensor=6"), 2),
         ("openllama-7b", "T4", (), 3),
-        ("llama-3.1-70b", "1xT4", (), 1),
-        ("llama-3.1-70b", "2xT4", ("--context", "4096", "--dtype", "bfloat16"), 1),
-        ("openllama-7b", "8xT4", ("--dtype", "bfloat16"), 1),
-        ("gemma-2-9b", "T4", ("--dtype", "bfloat16", "--batch", "1", "--context", "300"), 2),
-        ("openllama-7b", "A100-40", ("--dtype", "float32", "--batch", "16"), 5),
-        ("llama-3.1-8b", "1xA100-40", ("--batch", "4000"), 1),
-        ("llama-3.1-8b", "1xA100-40", ("--batch", "1", "--new-tokens", "100000", "--dtype", "float32"), 3),
-        ("llama-2-70b", "2x2xA100-40", ("--batch", "256"), 2),
+        pytest.param("llama-3.1-70b", "1xT4", (), 1, marks=slow),
+        pytest.param("llama-3.1-70b", "2xT4", ("--context", "4096", "--dtype", "bfloat16"), 1, marks=slow),
+        pytest.param("openllama-7b", "8xT4", ("--dtype", "bfloat16"), 1, marks=slow),
+        pytest.param("gemma-2-9b", "T4", ("--dtype", "bfloat16", "--batch", "1", "--context", "300"), 2, marks=slow),
+        pytest.param("openllama-7b", "A100-40", ("--dtype", "float32", "--batch", "16"), 5, marks=slow),
+        pytest.param("llama-3.1-8b", "1xA100-40", ("--batch", "4000"), 1, marks=slow),
+        pytest.param(
+            "llama-3.1-8b", "1xA100-40", ("--batch", "1", "--new-tokens", "100000", "--dtype", "float32"), 3, marks=slow
+        ),
+        pytest.param("llama-2-70b", "2x2xA100-40", ("--batch", "256"), 2, marks=slow),
     ],
 )
 def test_what_would_do_does(plan, preset, gpus, words, least):
@@ -198,6 +201,7 @@ def test_gpus(text, gpus):
     assert parse_gpus(text) == gpus
 
 
+@pytest.mark.slow
 def test_a_node_size_that_was_stated_is_kept(plan):
     words = "--preset", "llama-2-70b", "--mesh", "tensor=4", "--gpus"
     (two, _), (one, data) = plan(*words, "4x2xA100-80"), plan(*words, "8xA100-80")
@@ -284,6 +288,7 @@ def test_a_json_that_cannot_be_written_is_refused_before_the_plan(capsys, tmp_pa
     assert end.value.code == 2 and not out and err.startswith("jaxinfer.plan: error: --json: ")
 
 
+@pytest.mark.slow
 def test_tpot_is_compared_at_one_batch(plan):
     words = "--preset", "llama-2-70b", "--gpus", "6xA100-80", "--context"
     lines, data = plan(*words, 4096)
@@ -365,6 +370,7 @@ def check_of_tiny(data: dict, ranks: int) -> None:
     assert data["ranks"][0][0]["predicted"] == weights + cache
 
 
+@pytest.mark.slow
 def test_check_on_two_virtual_devices(tmp_path):
     words = [*CHECK, "--cpu-devices", 2, "--json", tmp_path / "check.json"]
     done = subprocess.run(
@@ -383,7 +389,12 @@ def test_check_on_two_virtual_devices(tmp_path):
     ("words", "answer", "table"),
     [
         (("tiny", "--cpu-devices", "8", "--mesh", "stage=8"), "CANNOT BE: --mesh stage=8: .*legal: 1 to 4", False),
-        (("llama-2-70b", "--memory-fraction", "0.01"), r"DOES NOT FIT: --mesh tensor=1: memory: needs \d+ MiB", True),
+        pytest.param(
+            ("llama-2-70b", "--memory-fraction", "0.01"),
+            r"DOES NOT FIT: --mesh tensor=1: memory: needs \d+ MiB",
+            True,
+            marks=slow,
+        ),
     ],
 )
 def test_check_of_what_does_not_fit_ends_with_1(words, answer, table):

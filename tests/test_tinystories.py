@@ -71,6 +71,7 @@ def test_prompts_are_input_lines(tokenizer):
     assert all(set(line) == {"id", "prompt"} and tokenizer(line["prompt"])["input_ids"][1:] for line in lines)
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_what_the_report_says(tokenizer, model, report):
     """Over a slice of the held-out file: within 5 % of the figure over all of it, which stories differ by."""
     if not VALID.exists():
@@ -89,6 +90,7 @@ def test_held_out_loss_is_what_the_report_says(tokenizer, model, report):
     assert reported < 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["Once upon a time", "One day, a little girl named Lily"])
 def test_greedy_story_does_not_loop(tokenizer, model, prompt):
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
