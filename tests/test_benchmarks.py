@@ -126,6 +126,7 @@ def test_latency_writes_what_draw_reads(tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_throughput_counts_tokens(tmp_path, monkeypatch):
     found = tmp_path / "throughput.json"
     size = ["--requests", "6", "--prompt-range", "4:20", "--new-tokens", "5", "--max-batch", "2"]

@@ -23,7 +23,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_the_last_token_alone_is_as_among_all(tmp_path, name):
     make_hf_folder(tmp_path / "hf", name.partition(",")[0], **MODELS[name])
     convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)

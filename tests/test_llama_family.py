@@ -74,13 +74,13 @@ def test_variants(tmp_path, case):
 @pytest.mark.parametrize(
     "mesh, case",
     [
-        ("tensor=2", QWEN3),
+        pytest.param("tensor=2", QWEN3, marks=pytest.mark.slow),
         ("tensor=4,stage=2", QWEN3 | {"attention_bias": True}),  # two KV heads for four
-        ("tensor=2,stage=2", GEMMA2),
+        pytest.param("tensor=2,stage=2", GEMMA2, marks=pytest.mark.slow),
         # in a slot, one stage has a window and the other has none, or no layer
         ("stage=2", GEMMA2 | LATE),
-        ("stage=2", GEMMA2 | {"stage_layers": (1, 2)}),
-        ("tensor=2,stage=3", PHI3 | {"sliding_window": 10}),
+        pytest.param("stage=2", GEMMA2 | {"stage_layers": (1, 2)}, marks=pytest.mark.slow),
+        pytest.param("tensor=2,stage=3", PHI3 | {"sliding_window": 10}, marks=pytest.mark.slow),
         pytest.param("tensor=8", QWEN3 | {"num_attention_heads": 8}, marks=pytest.mark.slow),
         pytest.param("tensor=4", GEMMA | {"num_key_value_heads": 1}, marks=pytest.mark.slow),
         pytest.param("tensor=2,stage=2,data=2", GEMMA2 | {"stage_layers": (1, 2)}, marks=pytest.mark.slow),

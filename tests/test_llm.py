@@ -56,6 +56,7 @@ def test_one_completion_per_prompt_in_order(llm):
     assert llm.generate([]) == []
 
 
+@pytest.mark.slow
 def test_parameters_for_each_prompt(llm):
     params = [SamplingParams(max_new_tokens=2), {"max_new_tokens": 4, "n": 3, "temperature": 1}]
     short, several = llm.generate(["a", "b"], params)

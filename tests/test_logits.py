@@ -64,7 +64,7 @@ def test_rope_scaling_within_the_trained_length(tmp_path, kind):
     compare(tmp_path, tokens=30, rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]})
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("page_size", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "chunks", [[16, 16, 16, 16, 6], [15, 1, 1, 15, 38], [17, 47, 6], [1] * 5 + [65]], ids=lambda chunks: str(chunks[:5])
 )
@@ -76,12 +76,20 @@ def test_chunk_and_page_boundaries(tmp_path, chunks, page_size):
     "mesh, case",
     [
         ("tensor=2", {}),
-        ("tensor=4", {"num_key_value_heads": 2}),
-        ("tensor=8", {"num_attention_heads": 8, "num_key_value_heads": 1, "attention_bias": True}),
+        pytest.param("tensor=4", {"num_key_value_heads": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            "tensor=8",
+            {"num_attention_heads": 8, "num_key_value_heads": 1, "attention_bias": True},
+            marks=pytest.mark.slow,
+        ),
         ("tensor=4,stage=2", {"tie_word_embeddings": True, "mlp_bias": True}),
-        ("stage=3", {}),
-        ("stage=2,data=2,tensor=2", {"stage_layers": (1, 2), "family": "qwen2"}),
-        ("stage=2", {"family": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        pytest.param("stage=3", {}, marks=pytest.mark.slow),
+        pytest.param("stage=2,data=2,tensor=2", {"stage_layers": (1, 2), "family": "qwen2"}, marks=pytest.mark.slow),
+        pytest.param(
+            "stage=2",
+            {"family": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

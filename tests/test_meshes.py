@@ -59,7 +59,11 @@ def test_mesh_agrees_with_one_device(checkpoint, one_device, mesh, stage_layers)
     agrees(checkpoint, one_device, mesh, stage_layers)
 
 
-@pytest.mark.parametrize("mesh, stage_layers", [("stage=2,data=2,tensor=2", None), ("stage=3", (1, 2, 1))], ids=str)
+@pytest.mark.parametrize(
+    "mesh, stage_layers",
+    [pytest.param("stage=2,data=2,tensor=2", None, marks=pytest.mark.slow), ("stage=3", (1, 2, 1))],
+    ids=str,
+)
 def test_some_meshes_agree_with_one_device(checkpoint, one_device, mesh, stage_layers):
     agrees(checkpoint, one_device, mesh, stage_layers)
 
@@ -71,6 +75,7 @@ def test_eight_stages_agree_with_one_device(tmp_path):
     agrees(checkpoint, expected, "stage=8", None)
 
 
+@pytest.mark.slow
 def test_decode_blocks_that_narrow_and_widen_agree_with_one_device(checkpoint):
     lengths = {str(i): 24 - 2 * i if i < 9 else 30 for i in range(12)}
     own = {name: SamplingParams(max_new_tokens=new, ignore_eos=True) for name, new in lengths.items()}

@@ -50,6 +50,7 @@ def test_scaled_and_capped(group, width, window, scale, softcap):
     assert softcap != 2.0 or not np.allclose(expected, paged_attention(*arguments, window, scale), atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "width", "softcap"), [(1, 100, 5.0), (4, 128, None)])
 def test_bfloat16_is_close_to_float32(group, width, softcap):
     arguments = case(1, 3, 150, 2, group, width, 16, 20, jnp.bfloat16)
