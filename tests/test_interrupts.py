@@ -145,7 +145,6 @@ def test_an_error_of_a_callback(checkpoint, expected):
         with pytest.raises(LookupError, match="no such pulse"):
             answers(llm)
     as_new(llm, expected)
-    assert llm.engine.stats.preemptions == llm.engine.scheduler.preemptions
 
 
 def test_the_engine_alone(checkpoint):
@@ -154,8 +153,7 @@ def test_the_engine_alone(checkpoint):
     prompts = {str(place): prompt for place, prompt in enumerate(PROMPTS)}
     params = SamplingParams(max_new_tokens=100, ignore_eos=True)
     alone = tokens(run(engine, prompts, params))
-    before = engine.stats.preemptions, engine.stats.stage_ticks
-    assert before[0] > 0
+    before = engine.stats.stage_ticks
     for name, prompt in prompts.items():
         engine.add(Request(name, prompt, params))
     while not engine.step():
@@ -165,7 +163,7 @@ def test_the_engine_alone(checkpoint):
         engine.step()
     assert not engine.has_unfinished() and engine.abort("0") == []
     assert tokens(run(engine, prompts, params)) == alone
-    assert engine.stats.preemptions == 2 * before[0] and engine.stats.stage_ticks > 2 * before[1]
+    assert engine.stats.stage_ticks > 2 * before
 
 
 def test_ctrl_c_while_the_weights_load(checkpoint, expected):
