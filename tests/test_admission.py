@@ -199,6 +199,18 @@ def test_nothing_is_prefilled_twice_where_lengths_are_known_and_the_cache_is_use
     assert used > 0.85
 
 
+@pytest.mark.parametrize("guessing", [False, True])
+def test_a_cache_for_all_takes_all_at_once(guessing):
+    """As many whole contexts as `max_batch`: whatever the outputs do, the pages suffice."""
+    engine = Engine(config(max_batch=64, pages=64 * 5 + 1, page_size=16, prefill_shapes=((64, 16),), prefill_ticks=4))
+    if guessing:
+        expects_little(engine)
+    for uid in range(64):
+        engine.add(request(uid, 48, 33))
+    engine.dispatch()
+    assert engine.scheduler.running == 64
+
+
 def test_rounds_are_of_equal_size_where_many_rows_gain_little():
     """The pages carry 600 at once. A first round of 600 would leave a second one of 424, at as many steps."""
     scheduler = Scheduler(config(max_batch=1024, pages=600 * 12, page_size=16, prefill_shapes=((64, 32),)))

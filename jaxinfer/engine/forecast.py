@@ -18,28 +18,40 @@ class Forecast:
         self._guessing = self._survival.at.size > 0
         self._cached = [np.array([_cached(seq) for seq in shard.residents], np.int64) for shard in shards]
         self._final = [self._finals(shard.residents) for shard in shards]
+        self._most = [self._pages(self._limits(shard.residents)) for shard in shards]  # whenever they end
 
     def peak(self, place: int, seq: Sequence) -> int:
         """Pages of a shard at the moment when most are held, with one more sequence."""
         now, then = np.append(self._cached[place], _cached(seq)), np.append(self._final[place], self._finals([seq]))
-        left = then - now
-        order = np.argsort(-left, kind="stable")
+        order = np.argsort(now - then, kind="stable")
+        now, then = now[order], then[order]
+        left, count = then - now, np.arange(1, len(order) + 1)
         # until the k-th last one ends, those after it grow by as much as it has left, and on to the end of a block
-        left, count = left[order], np.arange(1, len(order) + 1)
-        tokens = np.cumsum(now[order]) + count * left + (count - 1) * (-left % self._steps)
-        # a last page is half empty on the average, and many sequences are off their sum by the root of their number
-        deviation = self._page_size / 2 + (2 * left.mean() if self._guessing else 0)
-        tokens = tokens + count * (self._page_size - 1) / 2 + np.sqrt(count) * deviation
-        return int(tokens.max() // self._page_size)
+        ahead = left + -left % self._steps
+        last = int(np.argmax(np.cumsum(now) + count * left + (count - 1) * (ahead - left)))
+        held = self._pages(np.minimum(now + ahead[last], then)[: last + 1])
+        if not self._guessing:
+            return held
+        # a sum of guesses is off by the root of their number
+        held += int(2 * left.mean() * np.sqrt(last + 1)) // self._page_size
+        return min(held, self._most[place] + self._pages(self._limits([seq])))
 
     def add(self, place: int, seq: Sequence) -> None:
         self._cached[place] = np.append(self._cached[place], _cached(seq))
         self._final[place] = np.append(self._final[place], self._finals([seq]))
+        self._most[place] += self._pages(self._limits([seq]))
 
     def held_at_end(self, waiting: Several[Sequence]) -> float:
         """Pages that one of these, or of those that are in, has at its end, on the average."""
         final = np.concatenate([*self._final, self._finals(waiting)])
-        return float(np.mean(final / self._page_size)) + 0.5
+        return float(np.mean(-(-final // self._page_size)))
+
+    def _pages(self, tokens: np.ndarray) -> int:
+        return int((-(-tokens // self._page_size)).sum())
+
+    @staticmethod
+    def _limits(sequences: Several[Sequence]) -> np.ndarray:
+        return np.array([seq.cache_tokens for seq in sequences], np.int64)
 
     def _finals(self, sequences: Several[Sequence]) -> np.ndarray:
         """Tokens that each will have in the cache at its end."""
