@@ -86,6 +86,7 @@ def test_alone_without_options_or_a_step():
     assert "4 tasks" in missed_srun({"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, None)
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as other, pytest.raises(ClusterError, match="cannot be used: Address already"):
         listen(find_launch({}, f"127.0.0.1:{other.getsockname()[1]}", 2, 0))

@@ -89,6 +89,7 @@ def test_a_stranger_takes_no_rank_and_hears_nothing():
     assert meeting.refused == ["127.0.0.1: no process of this run: it does not know its secret"]
 
 
+@pytest.mark.slow
 def test_another_program_on_the_port():
     host, first = launches(2)
     with socket.create_server((host.host, host.ports[0])) as server:

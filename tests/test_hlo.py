@@ -95,7 +95,10 @@ def check_programs(checkpoint, mesh: str, dtype: str, requests: int = 4) -> None
 
 
 # one row, and with tensor=4 one KV head per device: what XLA makes copies of most easily
-@pytest.mark.parametrize("mesh, requests", [("", 4), ("", 1), ("tensor=2", 4), ("tensor=4", 1), ("stage=2", 4)])
+@pytest.mark.parametrize(
+    "mesh, requests",
+    [("", 4), ("", 1), pytest.param("tensor=2", 4, marks=pytest.mark.slow), ("tensor=4", 1), ("stage=2", 4)],
+)
 def test_no_step_writes_weights_or_cache_anew(checkpoint, mesh, requests):
     check_programs(checkpoint, mesh, "float32", requests)
 

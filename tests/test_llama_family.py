@@ -75,7 +75,8 @@ def test_variants(tmp_path, case):
     "mesh, case",
     [
         pytest.param("tensor=2", QWEN3, marks=pytest.mark.slow),
-        ("tensor=4,stage=2", QWEN3 | {"attention_bias": True}),  # two KV heads for four
+        # two KV heads for four
+        pytest.param("tensor=4,stage=2", QWEN3 | {"attention_bias": True}, marks=pytest.mark.slow),
         pytest.param("tensor=2,stage=2", GEMMA2, marks=pytest.mark.slow),
         # in a slot, one stage has a window and the other has none, or no layer
         ("stage=2", GEMMA2 | LATE),

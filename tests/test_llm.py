@@ -191,6 +191,7 @@ def test_prompts_however_they_are_held(llm):
     ].prompt_token_ids
 
 
+@pytest.mark.slow
 def test_a_score_is_the_logprob_of_the_text(llm):
     good, bad = llm.score(["Once upon a time there was a girl.", "Upon girl was there time a once."])
     assert good.logprobs[0] is None and all(each < 0 for each in good.logprobs[1:])

@@ -213,6 +213,11 @@ def test_of_several_damaged_files_the_first_is_named(tmp_path, how, threads):
     assert "layers.2" not in placed, "a piece with a damaged file must not reach a device"
 
 
+def loading_threads() -> set[threading.Thread]:
+    """Engines of other tests in this process have some too."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("load")}
+
+
 class Listing(Reader):
     """Says which files it was asked to read."""
 
@@ -225,7 +230,7 @@ class Listing(Reader):
 def test_an_error_in_one_thread_stops_the_others(many, tmp_path, threads):
     reader = Listing(many.folder, many.manifest)
     reader.asked = []
-    names = [name for name in many.manifest.leaves if name != "down"]
+    names, before = [name for name in many.manifest.leaves if name != "down"], loading_threads()
 
     def place(piece, array):
         if piece.owner == names[1]:
@@ -235,7 +240,7 @@ def test_an_error_in_one_thread_stops_the_others(many, tmp_path, threads):
         fill(reader, [whole_leaf(reader, name) for name in names], place, threads)
     # the others stop at their next file, once this process's main thread has had its turn
     assert 16 <= len(reader.asked) <= 128, "of 192"
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+    assert not loading_threads() - before
 
 
 def test_an_interrupt_stops_the_threads(many):
@@ -243,12 +248,12 @@ def test_an_interrupt_stops_the_threads(many):
         if done:
             raise KeyboardInterrupt
 
-    reader = Listing(many.folder, many.manifest)
+    reader, before = Listing(many.folder, many.manifest), loading_threads()
     reader.asked = []
     with pytest.raises(KeyboardInterrupt):
         fill(reader, [whole_leaf(reader, name) for name in sorted(many.manifest.leaves)], drop, 2, loading)
     assert len(reader.asked) < 200
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+    assert not loading_threads() - before
 
 
 def test_no_file_of_the_checkpoint_is_ever_mapped(many):
