@@ -41,7 +41,8 @@ class Admission:
         self._lengths = OutputLengths()
         self._queue: list[tuple[int, Sequence]] = []  # heap by arrival; the head is dropped when FINISHED
         self._waiting = 0
-        self._most = 0.0  # unfinished sequences of a shard, since none was
+        self._most = 0.0  # unfinished sequences of a shard, since none ran
+        self._asked = 0  # pages that all unfinished sequences hold at their ends if none stops before
         self._arrivals = 0
         self._admissions = 0
 
@@ -70,13 +71,16 @@ class Admission:
                 f"request {seq.request_id}: {len(seq.prompt)} prompt tokens and {new} new tokens need {needed} pages "
                 f"of {config.page_size} tokens, a shard has {config.pages - 1}"
             )
+        self._asked += needed
         seq.arrival = self._arrivals
         self._arrivals += 1
         self._enqueue(seq)
 
-    def remove(self, seq: Sequence) -> None:
-        """Takes an unfinished sequence out of the queue, or frees its slot and pages."""
-        self._lengths.ended(len(seq.output), len(seq.output) < seq.params.max_new_tokens)
+    def remove(self, seq: Sequence, stopped: bool) -> None:
+        """Takes an unfinished sequence out of the queue, or frees its slot and pages; `stopped`: its output has come to
+        its end."""
+        self._lengths.ended(len(seq.output), stopped and len(seq.output) < seq.params.max_new_tokens)
+        self._asked -= self.config.pages_for(seq.cache_tokens)
         if seq.state is State.WAITING:
             self._waiting -= 1
         elif seq.state is not State.DRAINED:
@@ -113,33 +117,52 @@ class Admission:
             ]
             if not room:
                 return
-            if forecast is None:
-                forecast = Forecast(self.shards, self._lengths, config.page_size, config.decode_steps)
-                self._choose_batch(forecast)
+            if forecast is None and self._short:
+                forecast = self._forecast()
+                self.choose_batch(forecast)
             places = [-index for _, _, index in sorted(room, reverse=True)]
             places = [each for each in places if len(self.shards[each].residents) < self.batch]
-            place = next((each for each in places if self._carries(each, forecast, seq)), None)
+            place = next((each for each in places if self._surely_carries(each, seq)), None)
+            if place is None:
+                forecast = forecast or self._forecast()
+                place = next((each for each in places if forecast.peak(each, seq) < config.pages), None)
             if place is None:
                 return
-            forecast.add(place, seq)
+            if forecast is not None:
+                forecast.add(place, seq)
             heapq.heappop(self._queue)
             self._waiting -= 1
             self._take_in(seq, place, target)
 
-    def _choose_batch(self, forecast: Forecast) -> None:
+    def choose_batch(self, forecast: Forecast | None = None) -> None:
         """How many sequences of a shard should run at once: what the pages carry, in rounds of equal size, since a last
         round of few would take as many steps as the others. It does not sink while anything runs."""
         config = self.config
+        if not self._short:
+            self.batch = config.max_batch
+            return
         running = sum(len(shard.residents) for shard in self.shards)
         unfinished = (running + self._waiting) / len(self.shards)
         self._most = max(self._most, unfinished) if running else unfinished
         some = [seq for _, seq in self._queue[:LOOKED_AT] if seq.state is State.WAITING]
-        carried = max(1, (config.pages - 1) / forecast.held_at_end(some))
+        carried = max(1, (config.pages - 1) / (forecast or self._forecast()).held_at_end(some))
         fair = self._most / ceil(self._most / carried)
         # while they come and go one by one, each has half of its tokens, so that twice as many find room
         least, step = min(2 * carried, config.stages * FULL), config.stages * WIDE
         batch = min(config.max_batch, ceil(max(least, fair if fair <= step else ceil(fair / step) * step)))
         self.batch = max(self.batch, batch) if running else batch
+
+    def _forecast(self) -> Forecast:
+        return Forecast(self.shards, self._lengths, self.config.page_size, self.config.decode_steps)
+
+    @property
+    def _short(self) -> bool:
+        """Whether there may be too few pages for all unfinished sequences at once."""
+        return self._asked > len(self.shards) * (self.config.pages - 1)
+
+    def _surely_carries(self, place: int, seq: Sequence) -> bool:
+        """Whether a shard's pages suffice, whenever what runs ends."""
+        return self.shards[place].promised + self.config.pages_for(seq.cache_tokens) < self.config.pages
 
     def _take_in(self, seq: Sequence, place: int, target: int) -> None:
         shard = self.shards[place]
@@ -149,17 +172,15 @@ class Admission:
         seq.pages = shard.pages.allocate(self.config.pages_for(target))
         seq.target, seq.prefilled, seq.fed, seq.in_flight = target, 0, 0, False
         shard.reserve += self._growth(seq, len(seq.pages))
+        shard.promised += self.config.pages_for(seq.cache_tokens)
         bisect.insort(shard.residents, seq, key=arrival)
         bisect.insort(shard.filling, seq, key=arrival)
-
-    def _carries(self, place: int, forecast: Forecast, seq: Sequence) -> bool:
-        """Whether a shard's pages suffice until all have ended; for a sequence alone, `add` has seen to that."""
-        return not self.shards[place].residents or forecast.peak(place, seq) < self.config.pages
 
     def _release(self, seq: Sequence) -> None:
         """Frees slot and pages. Its rows in the pipelines are stale from here on, known by their epoch."""
         shard = self.shards[seq.shard]
         shard.reserve -= self._growth(seq, len(seq.pages))
+        shard.promised -= self.config.pages_for(seq.cache_tokens)
         shard.pages.free(seq.pages)
         shard.return_slot(seq.slot)
         discard(shard.residents, seq)

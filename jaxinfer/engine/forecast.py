@@ -18,7 +18,6 @@ class Forecast:
         self._guessing = self._survival.at.size > 0
         self._cached = [np.array([_cached(seq) for seq in shard.residents], np.int64) for shard in shards]
         self._final = [self._finals(shard.residents) for shard in shards]
-        self._most = [self._pages(self._limits(shard.residents)) for shard in shards]  # whenever they end
 
     def peak(self, place: int, seq: Sequence) -> int:
         """Pages of a shard at the moment when most are held, with one more sequence."""
@@ -33,13 +32,11 @@ class Forecast:
         if not self._guessing:
             return held
         # a sum of guesses is off by the root of their number
-        held += int(2 * left.mean() * np.sqrt(last + 1)) // self._page_size
-        return min(held, self._most[place] + self._pages(self._limits([seq])))
+        return held + int(2 * left.mean() * np.sqrt(last + 1)) // self._page_size
 
     def add(self, place: int, seq: Sequence) -> None:
         self._cached[place] = np.append(self._cached[place], _cached(seq))
         self._final[place] = np.append(self._final[place], self._finals([seq]))
-        self._most[place] += self._pages(self._limits([seq]))
 
     def held_at_end(self, waiting: Several[Sequence]) -> float:
         """Pages that one of these, or of those that are in, has at its end, on the average."""
@@ -48,10 +45,6 @@ class Forecast:
 
     def _pages(self, tokens: np.ndarray) -> int:
         return int((-(-tokens // self._page_size)).sum())
-
-    @staticmethod
-    def _limits(sequences: Several[Sequence]) -> np.ndarray:
-        return np.array([seq.cache_tokens for seq in sequences], np.int64)
 
     def _finals(self, sequences: Several[Sequence]) -> np.ndarray:
         """Tokens that each will have in the cache at its end."""

@@ -70,14 +70,16 @@ class Scheduler:
 
         Work of it that is in a pipeline is dropped by the next dispatch; tokens that still come are ignored.
         """
-        if seq.state is State.FINISHED:
-            return
-        self._admission.remove(seq)
-        self._unfinished -= 1
+        self._end(seq, stopped=True)
 
     def abort(self, seq: Sequence) -> None:
-        """Ends a sequence that nobody wants any more: the same as `finish`."""
-        self.finish(seq)
+        """The same for a sequence that nobody wants any more: its output says nothing of how long outputs get."""
+        self._end(seq, stopped=False)
+
+    def _end(self, seq: Sequence, stopped: bool) -> None:
+        if seq.state is not State.FINISHED:
+            self._admission.remove(seq, stopped)
+            self._unfinished -= 1
 
     def schedule(self) -> PrefillTick | DecodeBlock | None:
         """The next dispatch; it counts as dispatched. None: there is none before results are completed."""
@@ -149,6 +151,7 @@ class Scheduler:
     def ahead(self) -> Ahead:
         """What the waiting sequences that get slots at once will need, if nothing else runs and pages suffice."""
         config, prefills = self.config, []
+        self._admission.choose_batch()
         waiting = self._admission.queue()[: config.slots * config.shards]
         left = [[seq, len(seq.tokens)] for seq in waiting[:: config.shards]]  # of the first shard, as of the others
         while left:

@@ -29,6 +29,7 @@ class Shard:
     residents: list[Sequence] = field(default_factory=list)  # hold a slot, by arrival
     filling: list[Sequence] = field(default_factory=list)  # those with chunks still to enter, by arrival
     reserve: int = 0  # pages that the residents may ask for in their next block
+    promised: int = 0  # pages that the residents hold at their ends if none stops before
 
     @property
     def free_slots(self) -> int:
