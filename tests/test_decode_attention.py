@@ -50,6 +50,7 @@ def equals_the_plain_form(window, scale, softcap, **sizes):
     np.testing.assert_allclose(found, expected, atol=2e-3 if ON_GPU else 2e-6 if scale is None else 1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(**ANY)
 def test_equals_the_plain_form(**drawn):

@@ -42,6 +42,7 @@ def test_greedy_tokens_of_the_embedded_model_equal_transformers(stories):
     equal_to_transformers(found, prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES260K.exists(), reason="needs ../shared/data/stories260K, which does not ship")
 def test_stories260k_goldens(tmp_path):
     convert(STORIES260K, tmp_path / "ckpt", quiet=True)

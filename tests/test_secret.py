@@ -4,8 +4,10 @@ import os
 import shutil
 import stat
 import subprocess
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -105,13 +107,13 @@ def test_nobody_plays_the_hub():
 
 
 @pytest.fixture(scope="module")
-def munged(tmp_path_factory):
+def munged():
     """A real munged of our own, with commands in a folder for PATH that ask it."""
     if not shutil.which("munged") or os.geteuid():
         pytest.skip("needs munge, and root to start a daemon of it")
-    folder = tmp_path_factory.mktemp("munge")
-    for each in (folder, *folder.parents[:2]):
-        each.chmod(0o755)  # another user's processes are to reach the socket
+    # pytest's own folders are closed to other users, who are to reach the socket
+    folder = Path(tempfile.mkdtemp(prefix="munge-"))
+    folder.chmod(0o755)
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o400)
     names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -129,6 +131,7 @@ def munged(tmp_path_factory):
     yield folder / "bin"
     daemon.terminate()
     daemon.wait()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
