@@ -151,7 +151,9 @@ def draw_request(draw, config: SchedulerConfig, uid: int):
     prompt = draw(st.integers(1, min(room, 24)))
     new = draw(st.integers(0, min(room - prompt + 1, 16)))
     stop = draw(st.sampled_from([0, 0, 5]))
-    return request(uid, prompt, new, draw(st.integers(0, 3)), SimpleNamespace(max_new_tokens=new, stop=stop))
+    anew_at = draw(st.sampled_from([None, None, prompt - 1, prompt, prompt + 1, prompt + 3, prompt + new - 1]))
+    params = SimpleNamespace(max_new_tokens=new, stop=stop)
+    return request(uid, prompt, new, draw(st.integers(0, 3)), params, anew_at)
 
 
 def expects_little(engine: Engine) -> Engine:

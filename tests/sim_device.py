@@ -3,6 +3,8 @@
 Each stage has a paged cache of its own. A stage writes what it receives for a position into its page and hands on a
 hash of all that it finds through the block table up to there; the token is a hash of what leaves the last stage. So a
 page that is shared, stale, overwritten or never written, a token fed twice or not at all, changes what follows.
+
+What is written is turned one way in sequences of up to `anew_at` tokens and another way in longer ones.
 """
 
 from dataclasses import dataclass
@@ -13,9 +15,13 @@ from jaxinfer.engine.sequence import DecodeBlock, PrefillTick, Sequence
 VOCABULARY = 1009
 
 
-def request(uid: int, prompt_length: int, new: int, seed: int = 0, params=None) -> Sequence:
+def request(uid: int, prompt_length: int, new: int, seed: int = 0, params=None, anew_at=None) -> Sequence:
     prompt = tuple(hash((uid, seed, i)) % VOCABULARY for i in range(prompt_length))
-    return Sequence(uid, f"r{uid}", 0, prompt, params or SimpleNamespace(max_new_tokens=new), seed)
+    return Sequence(uid, f"r{uid}", 0, prompt, params or SimpleNamespace(max_new_tokens=new), seed, anew_at=anew_at)
+
+
+def _turned(value: int, length: int, anew_at: int | None) -> int:
+    return hash((value, anew_at is not None and length > anew_at))
 
 
 def _hand_on(stage: int, seen: list[int]) -> int:
@@ -34,10 +40,12 @@ def alone(seq: Sequence, stages: int) -> list[int]:
     while len(output) < seq.params.max_new_tokens:
         for value in pending:
             for stage, cache in enumerate(caches):
-                cache.append(value)
+                cache.append(_turned(value, len(seq.prompt) + len(output), seq.anew_at))
                 value = _hand_on(stage, cache)
         output.append(_sample(seq.seed, value))
         pending = output[-1:]
+        if len(seq.prompt) + len(output) - 1 == seq.anew_at:
+            caches, pending = [[] for _ in range(stages)], [*seq.prompt, *output]
     return output
 
 
@@ -69,10 +77,10 @@ class SimDevice:
     def run(self, dispatch):
         return self._prefill(dispatch) if isinstance(dispatch, PrefillTick) else self._decode(dispatch)
 
-    def _through(self, stage: int, shard: int, table, position: int, value: int) -> int:
+    def _through(self, stage: int, shard: int, seq: Sequence, table, position: int, length: int, value: int) -> int:
         size, cache = self.config.page_size, self.cache[stage][shard]
         assert 0 not in table, "the null page is in a block table"
-        cache[table[position // size]][position % size] = value
+        cache[table[position // size]][position % size] = _turned(value, length, seq.anew_at)
         seen = [value for page in table[: position // size + 1] for value in cache[page]][: position + 1]
         assert None not in seen, "a position is read that nothing was written to"
         return _hand_on(stage, seen)
@@ -103,7 +111,10 @@ class SimDevice:
                         continue
                     assert inside is not None and inside[0] is row, "a row is not where it should be by now"
                     assert 1 <= row.count <= chunk
-                    values = [self._through(s, d, row.pages, row.start + i, value) for i, value in enumerate(inside[1])]
+                    values = [
+                        self._through(s, d, row.seq, row.pages, row.start + i, row.seq.target, value)
+                        for i, value in enumerate(inside[1])
+                    ]
                     shard[r] = row, values
                     if s == stages - 1 and row.final:
                         tokens[d][r] = _sample(row.seq.seed, values[-1])
@@ -130,7 +141,8 @@ class SimDevice:
                         elif t < s and not block.keep[d][at]:
                             conveyor[s][b] = None
                         if inside := conveyor[s][b]:
-                            inside.value = self._through(s, d, owner.pages, inside.position, inside.value)
+                            at = inside.position
+                            inside.value = self._through(s, d, owner, owner.pages, at, at + 1, inside.value)
                     self.busy += any(conveyor[s][: block.rows])
                 m = (t + 1) % stages
                 for b, inside in enumerate(conveyor[-1][: block.rows]):

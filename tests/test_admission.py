@@ -131,6 +131,20 @@ def test_slot_and_pages_are_free_once_all_passes_are_dispatched():
     assert not scheduler.has_unfinished
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_is_computed_anew_keeps_its_slot_though_others_wait(stages):
+    engine = Engine(config(stages=stages, rows=1, pages=24))
+    for uid in range(8):
+        engine.add(request(uid, 1 + uid, 20, anew_at=9))
+    admissions = set()
+    while engine.scheduler.has_unfinished:
+        engine.step()
+        admissions |= {(seq.uid, seq.epoch) for seq in engine.sequences if seq.epoch}
+    assert len(admissions) == 8 and engine.scheduler.preemptions == 0
+    for seq, got in engine.got.items():
+        assert got == alone(seq, stages)
+
+
 def test_what_no_shard_can_hold_is_refused():
     scheduler = Scheduler(config(pages=5))
     scheduler.add(request(0, 10, 7))  # the last token never enters the cache

@@ -226,6 +226,21 @@ def test_a_shape_stays_while_emptying_the_pipeline_costs_more(short, expected):
     assert entering == expected
 
 
+@pytest.mark.parametrize("anew_at", [None, 3, 9])
+def test_what_a_request_needs_is_foreseen(anew_at):
+    engine = Engine(config())
+    engine.add(request(0, 4, 12, anew_at=anew_at))
+    ahead = engine.scheduler.ahead()
+    engine.run()
+    ticks = [each for each in engine.history if isinstance(each, PrefillTick)]
+    used = [(tick.shape, row.seq.target) for tick in ticks for row in tick.stages[0][0] if row]
+    assert {shape for shape, _ in ahead.prefills} >= {tick.shape for tick in ticks}
+    assert (
+        max(tokens for _, tokens in ahead.prefills) == max(length for _, length in used) == (10 if anew_at == 9 else 4)
+    )
+    assert (ahead.rows, ahead.decodes) == (1, (8, 15))
+
+
 @pytest.mark.parametrize("new", [0, 1])
 def test_a_request_that_only_prefills(new):
     engine = Engine(config(stages=2))

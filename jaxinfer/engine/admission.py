@@ -198,25 +198,44 @@ class Admission:
         self._enqueue(seq)
 
     def release_drained(self) -> None:
-        """Releases the sequences whose last pass has left the pipeline in what is dispatched already."""
+        """Of the sequences whose last pass has left the pipeline in what is dispatched already: releases those that are
+        at their end, and begins the others anew."""
         for shard in self.shards:
-            for seq in [s for s in shard.residents if s.state is State.RUNNING and s.fed >= s.limit]:
-                if not seq.in_flight:
+            drained = [s for s in shard.residents if s.state is State.RUNNING and s.fed >= s.limit and not s.in_flight]
+            for seq in drained:
+                if seq.limit == seq.end:
                     self._release(seq)
                     seq.state = State.DRAINED
+            for seq in drained:
+                if seq.state is State.RUNNING:  # and has not just given way
+                    self._begin_anew(shard, seq)
+
+    def _begin_anew(self, shard: Shard, seq: Sequence) -> None:
+        """It keeps slot and pages, and is prefilled with all its tokens once they are known: see `known`."""
+        seq.state, seq.target, seq.prefilled, seq.fed = State.PREFILL, seq.limit + 1, 0, 0
+        if not seq.outstanding:
+            self.known(seq)
+        self._extend(shard, seq, seq.target)
+
+    def known(self, seq: Sequence) -> None:
+        """All tokens are known of a sequence that was begun anew."""
+        bisect.insort(self.shards[seq.shard].filling, seq, key=arrival)
 
     def grow(self, shard: Shard) -> None:
         """Gives each decoding row, in order of arrival, the pages of its next K tokens; the latest arrivals pay."""
-        config, at = self.config, 0
+        at = 0
         while at < len(shard.residents):
             seq = shard.residents[at]
             at += 1
-            if seq.state is not State.RUNNING:
-                continue
-            more = config.pages_for(min(seq.limit, seq.fed + config.decode_steps)) - len(seq.pages)
-            while more > shard.pages.free_pages and seq.slot >= 0:
-                self._preempt(shard.residents[-1])
-            if more > 0 and seq.slot >= 0:
-                shard.reserve -= self._growth(seq, len(seq.pages))
-                seq.pages += shard.pages.allocate(more)
-                shard.reserve += self._growth(seq, len(seq.pages))
+            if seq.state is State.RUNNING:
+                self._extend(shard, seq, min(seq.limit, seq.fed + self.config.decode_steps))
+
+    def _extend(self, shard: Shard, seq: Sequence, tokens: int) -> None:
+        """Gives it the pages of so many tokens. The latest arrivals give way, in the end itself."""
+        more = self.config.pages_for(tokens) - len(seq.pages)
+        while more > shard.pages.free_pages and seq.slot >= 0:
+            self._preempt(shard.residents[-1])
+        if more > 0 and seq.slot >= 0:
+            shard.reserve -= self._growth(seq, len(seq.pages))
+            seq.pages += shard.pages.allocate(more)
+            shard.reserve += self._growth(seq, len(seq.pages))

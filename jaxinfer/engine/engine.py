@@ -167,7 +167,7 @@ class Engine:
                 seed = (params.seed + index) % 2**32
             scored = params.prompt_logprobs is not None and index == 0
             own = capped if scored or params.prompt_logprobs is None else capped.merge({"prompt_logprobs": None})
-            sequences.append(Sequence(self._next_uid, request.id, index, prompt, own, seed, scored))
+            sequences.append(Sequence(self._next_uid, request.id, index, prompt, own, seed, scored, model.anew_at))
             self._next_uid += 1
         self._torn = True
         try:
@@ -357,7 +357,7 @@ class Engine:
     def _take_scores(self, tick: PrefillTick, scored: Emitted | None) -> None:
         for shard, rows in enumerate(tick.stages[-1]):
             for index, row in enumerate(rows):
-                if row is not None and row.seq.score and row.seq in self._samples:
+                if row is not None and row.score and row.seq in self._samples:
                     part = jax.tree.map(lambda each: each[shard, index, : row.count], scored)
                     self._samples[row.seq].add_prompt_logprobs(row.start, part)
 

@@ -56,8 +56,10 @@ class Forecast:
 
 def _made(seq: Sequence) -> int:
     """Output tokens, those included that are on their way."""
-    return seq.fed - len(seq.prompt) + 1 if seq.state is State.RUNNING else len(seq.output)
+    return seq.fed - len(seq.prompt) + 1 if seq.state is State.RUNNING else _cached(seq) - len(seq.prompt)
 
 
 def _cached(seq: Sequence) -> int:
-    return seq.fed if seq.state is State.RUNNING else len(seq.prompt) + len(seq.output)
+    if seq.state is State.WAITING:
+        return len(seq.prompt) + len(seq.output)
+    return seq.fed if seq.state is State.RUNNING else seq.target

@@ -82,11 +82,12 @@ class Decoder:
         pools: tuple[list[jax.Array], list[jax.Array]],
         x: jax.Array,
         positions: jax.Array,
-        prompt_lengths: jax.Array,
+        lengths: jax.Array,
         tables: jax.Array,
         last: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]:
-        """x [B, T, H] through this stage's layers; positions [B, T] are -1 where a token is not live.
+        """x [B, T, H] through this stage's layers; positions [B, T] are -1 where a token is not live;
+        lengths [B]: see `rope.angles`.
 
         Pools are local, [1, 1, P, page_size, K, D] per layer slot. Returns x, and the pools with new keys and values.
         With `last` [B], where there is one stage, only that token of each row comes out, [B, 1, H]: nobody reads the
@@ -97,7 +98,7 @@ class Decoder:
         if config.rope is None:
             cos, sin = rope.no_angles(config.head_dim, positions)
         else:
-            cos, sin = rope.angles(config.rope, config.head_dim, positions, prompt_lengths)
+            cos, sin = rope.angles(config.rope, config.head_dim, positions, lengths)
         ops = _ops(self.kernels)
         decodes = x.shape[1] == 1
         attention = ops.decode_attention if decodes else ops.prefill_attention

@@ -110,6 +110,7 @@ class Programs:
             slot=slot,
             final=np.zeros(shape, bool),
             tables=np.zeros((*shape, program.width), np.int32),
+            whole=None if self._decoder.config.anew_at is None else np.zeros(shape, np.int32),
             targets=np.zeros(of_tokens, np.int32) if program.features.score else None,
         )
 

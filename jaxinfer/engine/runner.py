@@ -144,7 +144,7 @@ class Runner:
             for row, each in enumerate(shard_rows)
             if each is not None
         ]
-        features = self._required._replace(score=any(each.seq.score for _, each in live))
+        features = self._required._replace(score=any(each.score for _, each in live))
         pages = max((len(each.pages) for _, each in live), default=1)
         program = self._program("prefill", *tick.shape, self._width(pages), features)
         inputs = self.programs.inputs(program)
@@ -153,6 +153,8 @@ class Runner:
             inputs.start[at], inputs.count[at], inputs.final[at] = each.start, each.count, each.final
             inputs.prompt_length[at], inputs.slot[at] = len(each.seq.prompt), each.seq.slot
             inputs.tables[at][: len(each.pages)] = each.pages
+            if inputs.whole is not None:
+                inputs.whole[at] = each.seq.target
             if stage == 0:
                 inputs.tokens[shard, row, : each.count] = tokens[each.start : each.start + each.count]
                 self._own(each.seq)

@@ -132,14 +132,22 @@ class Scheduler:
             wanted = seq.params.max_new_tokens
             new = new[: wanted - len(seq.output)]
             seq.output.extend(new)
-            if seq.state is State.DRAINED and not seq.outstanding and len(seq.output) < wanted:
-                raise RuntimeError(
-                    f"request {seq.request_id} sample {seq.index}: the device returned {len(seq.output)} of "
-                    f"{wanted} tokens, and nothing of it is in flight"
-                )
+            if not seq.outstanding and len(seq.output) < wanted:
+                self._nothing_in_flight(seq, wanted)
             if new or always:
                 results.append((seq, new))
         return results
+
+    def _nothing_in_flight(self, seq: Sequence, wanted: int) -> None:
+        anew = seq.state is State.PREFILL and not seq.prefilled
+        due = seq.target - len(seq.prompt) if anew else wanted
+        if (anew or seq.state is State.DRAINED) and len(seq.output) < due:
+            raise RuntimeError(
+                f"request {seq.request_id} sample {seq.index}: the device returned {len(seq.output)} of "
+                f"{due} tokens, and nothing of it is in flight"
+            )
+        if anew:
+            self._admission.known(seq)
 
     def emptied(self) -> "Scheduler":
         """A new one, whose counts go on from these: for when this one may have been left halfway."""
@@ -150,27 +158,35 @@ class Scheduler:
 
     def ahead(self) -> Ahead:
         """What the waiting sequences that get slots at once will need, if nothing else runs and pages suffice."""
-        config, prefills = self.config, []
+        config = self.config
         self._admission.choose_batch()
         waiting = self._admission.queue()[: config.slots * config.shards]
-        left = [[seq, len(seq.tokens)] for seq in waiting[:: config.shards]]  # of the first shard, as of the others
-        while left:
-            shape = self._best_shape([[tokens for _, tokens in left]])
-            entering = taken([tokens for _, tokens in left], shape)
-            prefills.append((shape, max(len(seq.tokens) for seq, _ in left[: len(entering)])))
-            for row, tokens in zip(left, entering, strict=False):
-                row[1] -= tokens
-            left = [row for row in left if row[1]]
-        decoding = [seq for seq in waiting if seq.limit > len(seq.tokens)]
+        # of the first shard, as of the others
+        prefills = self._prefills_ahead([len(seq.tokens) for seq in waiting[:: config.shards]])
+        anew = [seq.anew_at + 1 for seq in waiting if seq.anew_at and len(seq.tokens) <= seq.anew_at < seq.end]
+        prefills += self._prefills_ahead(anew[:1])  # each alone, for all that is known
+        decoding = [seq for seq in waiting if seq.end > len(seq.tokens)]
         return Ahead(
             list(dict.fromkeys(prefills)),
             any(seq.score for seq in waiting),
             self._expected_rows() if decoding else 0,
             (
-                max((min(len(seq.tokens) + config.decode_steps, seq.limit) for seq in decoding), default=1),
-                max((seq.limit for seq in decoding), default=1),
+                max((min(len(seq.tokens) + config.decode_steps, seq.end) for seq in decoding), default=1),
+                max((seq.end for seq in decoding), default=1),
             ),
         )
+
+    def _prefills_ahead(self, lengths: list[int]) -> list[tuple[tuple[int, int], int]]:
+        """Ticks for sequences of these lengths: shapes, and tokens of the longest sequence in each."""
+        prefills, left = [], [[length, length] for length in lengths]
+        while left:
+            shape = self._best_shape([[tokens for _, tokens in left]])
+            entering = taken([tokens for _, tokens in left], shape)
+            prefills.append((shape, max(length for length, _ in left[: len(entering)])))
+            for row, tokens in zip(left, entering, strict=False):
+                row[1] -= tokens
+            left = [row for row in left if row[1]]
+        return prefills
 
     @property
     def has_unfinished(self) -> bool:
@@ -278,7 +294,8 @@ class Scheduler:
                 while seq.prefilled < end:
                     count = min(self._shape[1], end - seq.prefilled)
                     final = seq.prefilled + count == seq.target
-                    rows[r] = PrefillRow(seq, seq.prefilled, count, final, seq.epoch, seq.pages)
+                    score = seq.score and seq.target == len(seq.prompt)
+                    rows[r] = PrefillRow(seq, seq.prefilled, count, final, score, seq.epoch, seq.pages)
                     seq.prefilled += count
                     r += 1
             shard.filling = [seq for seq in shard.filling if seq.prefilled < seq.target]

@@ -7,7 +7,8 @@ from typing import Any
 
 class State(enum.Enum):
     WAITING = enum.auto()  # in the queue: new, or preempted
-    PREFILL = enum.auto()  # holds a slot and pages; its last chunk has not left the last stage yet
+    PREFILL = enum.auto()  # holds a slot and pages; its last chunk has not left the last stage yet, or not even its
+    #                        first one entered, where it is computed anew and its last tokens are not known yet
     RUNNING = enum.auto()  # decodes, or its last pass is still in the pipeline
     DRAINED = enum.auto()  # all that can make its tokens is dispatched; slot and pages are free, results are awaited
     FINISHED = enum.auto()
@@ -24,6 +25,7 @@ class Sequence:
     params: Any  # has max_new_tokens; the rest is not the scheduler's business
     seed: int
     score: bool = False  # prompt logprobs are wanted
+    anew_at: int | None = None  # a token at this position needs all before it computed anew (see ops/rope.py)
     output: list[int] = field(default_factory=list)  # appended to by Scheduler.complete only
 
     state: State = State.WAITING
@@ -32,7 +34,7 @@ class Sequence:
     shard: int = -1
     slot: int = -1  # m * rows + b inside its shard, for microbatch m
     pages: tuple[int, ...] = ()  # block table; replaced, never changed in place, so that a reference is a snapshot
-    target: int = 0  # tokens that this admission's prefill covers: prompt and the output known at admission
+    target: int = 0  # tokens that its prefill covers: prompt and the output known at admission, or when begun anew
     prefilled: int = 0  # tokens of target in chunks dispatched so far
     fed: int = 0  # while RUNNING: the device's pos[slot] after all that is dispatched
     in_flight: bool = False  # its last pass leaves the pipeline in the next decode block (never so in microbatch 0)
@@ -43,14 +45,21 @@ class Sequence:
         return (*self.prompt, *self.output)
 
     @property
-    def limit(self) -> int:
-        """A row is fed while pos < limit: the last new token is sampled, and never enters the cache."""
+    def end(self) -> int:
+        """The position of the last new token, which is sampled and never enters the cache."""
         return len(self.prompt) + self.params.max_new_tokens - 1
+
+    @property
+    def limit(self) -> int:
+        """Its row is fed while pos < limit: up to its end, or to where it is computed anew."""
+        if self.anew_at is None or self.target > self.anew_at:
+            return self.end
+        return min(self.end, self.anew_at)
 
     @property
     def cache_tokens(self) -> int:
         """The most tokens that its cache ever holds."""
-        return max(len(self.prompt), self.limit)
+        return max(len(self.prompt), self.end)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class PrefillRow:
     start: int
     count: int
     final: bool  # covers the last of the tokens to prefill: sampled from, and token[slot], pos[slot] set, at its exit
+    score: bool  # prompt logprobs are wanted, and not known from a prefill before, of the prompt alone
     epoch: int  # seq.epoch at entry; another value there now means that the row is stale
     pages: tuple[int, ...]  # block table, covers at least start + count tokens
 

@@ -41,6 +41,7 @@ class DecodeInputs(NamedTuple):
 
 class PrefillInputs(NamedTuple):
     """The entering tokens [Dp, R, C]; for every stage what it works on, [stage, Dp, R] and tables [stage, Dp, R, W];
+    whole [stage, Dp, R] tokens of a row's sequence in all ticks together (None where no frequency goes by that);
     targets [Dp, R, C] are the tokens after those that leave the last stage (None unless scored)."""
 
     tokens: jax.Array
@@ -50,6 +51,7 @@ class PrefillInputs(NamedTuple):
     slot: jax.Array
     final: jax.Array
     tables: jax.Array
+    whole: jax.Array | None
     targets: jax.Array | None
 
 
@@ -165,7 +167,8 @@ def prefill_tick(
     x = jnp.where(stage == 0, fed, state.prefill_x[key][0, 0]) if stages > 1 else fed
     index = jnp.maximum(leaving.count - 1, 0)
     only_last = stages == 1 and not features.score
-    of_layers = positions(here), here.prompt_length, here.tables, index if only_last else None
+    lengths = here.prompt_length if here.whole is None else here.whole
+    of_layers = positions(here), lengths, here.tables, index if only_last else None
     x, (k, v) = decoder.run_stage(params, (state.k, state.v), x, *of_layers)
 
     if only_last:

@@ -103,6 +103,12 @@ class ModelConfig:
         _check_model(self)
 
     @property
+    def anew_at(self) -> int | None:
+        """The first position whose token changes the rotary frequencies of all before it; None: there is none."""
+        longrope = self.rope is not None and self.rope.kind == "longrope"
+        return self.rope.parameters["original_max_position_embeddings"] if longrope else None
+
+    @property
     def reduces_per_layer(self) -> int:
         """Sums over ``tensor`` that a layer needs."""
         return 1 if self.parallel else 2

@@ -1,8 +1,12 @@
 """Rotary position embedding (Su et al., "RoFormer", 2021, section 3.2) and the ways to stretch it to longer contexts.
 
-Which frequencies a token gets may depend on how long its sequence is (dynamic, longrope). The length that counts for a
-token at position p is max(prompt length, p + 1): what a one-shot prompt and then token-by-token decoding would see, and
-the same again when a preempted sequence is recomputed."""
+Which frequencies a token gets may depend on how long its sequence is.
+
+- dynamic: on max(prompt length, p + 1) for a token at position p. That is what a prompt in one pass and then
+  token-by-token decoding see, and the same again when a preempted sequence is recomputed.
+- longrope: on whether the sequence has outgrown the trained length, for all of its tokens. One that grows beyond it is
+  computed anew there (`engine/admission.py`): the prefill goes by all its tokens, and decoding by max(prompt, p + 1).
+"""
 
 import math
 from typing import Any, Protocol
@@ -63,11 +67,11 @@ def _attention_scale(rope: Rope) -> float:
     return mscale(1.0)
 
 
-def angles(rope: Rope, width: int, positions: jax.Array, prompt_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [B, T, D/2], of tokens at positions [B, T] in sequences with prompts of [B] tokens."""
+def angles(rope: Rope, width: int, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [B, T, D/2], of tokens at positions [B, T] in sequences of lengths [B] or more."""
     exponent = np.arange(0, width, 2) / width
     plain = rope.theta**-exponent
-    lengths = jnp.maximum(prompt_lengths[:, None], positions + 1)
+    lengths = jnp.maximum(lengths[:, None], positions + 1)
     given = rope.parameters
     if rope.kind == "dynamic":
         # NTK-aware scaling: the base grows with the length beyond the trained context
