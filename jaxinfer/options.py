@@ -121,7 +121,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--random-weights", help=what, **load)
     group.add_argument("--stage-layers", metavar="N,N,...", help="layers per stage (default: balanced)")
     for name, what in (
-        ("max_batch", "sequences that decode at once, per data shard (default: 64; with kernels up to 1024)"),
+        ("max_batch", "most sequences in work at once, per data shard (default: 64; with kernels up to 1024)"),
         ("page_size", "tokens per cache page"),
         ("pages", "cache pages per data shard (default: what memory is left)"),
         ("decode_steps", "decode steps per dispatch"),
