@@ -316,6 +316,7 @@ def take_back(path: Path) -> None:
             if writer.size == 0:
                 for each in (path, beside(path, "run"), beside(path, "metrics")):
                     each.unlink(missing_ok=True)
+                    each.with_name(f"{each.name}.partial").unlink(missing_ok=True)  # of a process that was killed
     except (OSError, OutputError):
         pass  # gone, or another run's by now
 

@@ -22,15 +22,15 @@ needs_apptainer() {
   apptainer --version >/dev/null 2>&1 || fail "apptainer is not on the PATH here (on some clusters: module load apptainer)"
 }
 
-can_build() {
-  needs_apptainer
+not_as_root() {
   [ "$(id -u)" != 0 ] || grep -qsE '^(root|0):' /etc/subuid ||
     fail "Apptainer builds as an ordinary user here, not as root, who is not in /etc/subuid: runuser -u USER -- $0 ... (with" \
       "BUNDLE and SIF in folders of that user)"
 }
 
 base() {
-  can_build
+  needs_apptainer
+  not_as_root
   mkdir -p "$BUNDLE"
   build_image "$BUNDLE/base.sif" "$BOOTSTRAP" "$BASE" slurm/base.def
 }
@@ -69,13 +69,14 @@ wheels() {
 
 build() {
   local app=$BUNDLE/app wrong
-  can_build
+  needs_apptainer
   [ -e "$BUNDLE/base.sif" ] || fail "$BUNDLE/base.sif is missing: where there is internet, run $0 base"
   [ -e "$app/SHA256SUMS" ] || fail "$app is missing or not whole: where there is internet, run $0 wheels"
   wrong=$(cd "$app" && sha256sum --check --quiet SHA256SUMS 2>/dev/null) ||
     fail "$app is not what was downloaded; run $0 wheels again. These are missing or damaged:"$'\n'"$wrong"
   wrong=$(cd "$app" && find . -name '*.whl' | grep -vxFf <(cut -d' ' -f3 SHA256SUMS)) &&
     fail "$app has wheels that were not downloaded with it: remove"$'\n'"$wrong"
+  not_as_root
   # shellcheck disable=SC1091
   . "$app/release"
   build_image "$SIF" localimage "$BUNDLE/base.sif" slurm/jaxinfer.def --build-arg "APP=$app" \
