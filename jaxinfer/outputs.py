@@ -135,7 +135,8 @@ class Writer:
         Raises:
           OutputError: they cannot be written; the output stays as it was.
         """
-        aside = self.path.with_name(self.path.name + ".partial")
+        real = Path(os.path.realpath(self.path))  # a link stays one
+        aside = real.with_name(real.name + ".partial")
         new = None
         try:
             new = open(aside, "ab", buffering=0)
@@ -146,7 +147,7 @@ class Writer:
                     old.seek(start)
                     write_all(new, old.read(size))
             os.fsync(new.fileno())
-            os.replace(aside, self.path)
+            os.replace(aside, real)
         except OSError as error:
             if new is not None:
                 new.close()

@@ -187,7 +187,12 @@ def test_values_of_the_model_are_checked(whole):
         ("rope", {"kind": "linear", "theta": 1e4, "parameters": []}),
         ("rope", {"kind": "cubic", "theta": 1e4, "parameters": {}}),
         ("rope", False),
+        ("rope", {}),
+        ("rope", {"kind": "linear", "theta": 1e4, "parameters": None}),
         ("rope", longrope),
+        ("eos_token_ids", [10**12]),
+        ("eos_token_ids", [1] * 2000),
+        ("bos_token_id", 10**400),
     ):
         with pytest.raises(DamagedError, match=r"manifest\.json: damaged, model: .*mends it"):
             ModelConfig.from_json(model | {name: value})

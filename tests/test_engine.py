@@ -55,6 +55,15 @@ def test_stories260k_goldens(tmp_path):
     assert whole >= len(golden) - 1
 
 
+def test_a_model_of_many_ends_leaves_room_for_as_many_stops_as_a_request_may_have(tmp_path):
+    make_hf_folder(tmp_path / "hf", num_hidden_layers=1, vocab_size=128)
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(3, 33))}))
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    asks = SamplingParams(max_new_tokens=3, stop_token_ids=list(range(33, 97)), min_new_tokens=2)
+    found = run(make_engine(tmp_path / "ckpt"), {"a": [40, 41]}, asks)
+    assert 2 <= len(found["a", 0].token_ids) <= 3
+
+
 def random_requests(count: int, seed: int):
     rng = random.Random(seed)
     prompts, params = {}, {}

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxinfer.checkpoint.files import CheckpointError
-from jaxinfer.models.config import ConfigError, ModelConfig
+from jaxinfer.models.config import ConfigError, ModelConfig, RopeConfig
 from jaxinfer.models.families import FAMILIES, from_hf, leaves
 from jaxinfer.ops.rope import angles
 
@@ -385,3 +385,20 @@ def test_one_of_model_type_and_architectures_is_enough():
 def test_an_architecture_outside_a_list_is_told_to_stand_in_one():
     with pytest.raises(ConfigError, match=r"architectures: expected a list .*found 'LlamaForCausalLM'"):
         from_hf(BASE | {"architectures": "LlamaForCausalLM"})
+
+
+TRAINED = {"factor": 8.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "theta", "parameters", "message"),
+    [
+        ("yarn", 1.0, TRAINED, "rope_theta: found 1.0, legal is other than 1"),
+        ("longrope", 1e4, TRAINED | {"original_max_position_embeddings": 1}, "found 1, legal is above 1"),
+        ("llama3", 1e4, TRAINED | {"low_freq_factor": 2, "high_freq_factor": 2}, r"above low_freq_factor \(2\)"),
+        ("yarn", 1e4, None, "rope's parameters: found None"),
+    ],
+)
+def test_ropes_that_divide_by_zero_are_refused(kind, theta, parameters, message):
+    with pytest.raises(ConfigError, match=message):
+        RopeConfig(kind, theta, parameters)

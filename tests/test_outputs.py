@@ -176,6 +176,18 @@ def test_the_run_file_tells_every_start(out):
     assert sorted(run["prompts"]) == ["a", "b"]
 
 
+def test_a_link_to_an_output_stays_one_when_a_torn_line_is_dropped(out):
+    begin(out, [request("a"), request("b")])
+    out.write_text(line("a") + line("b")[:-5])
+    link = out.with_name("link.jsonl")
+    link.symlink_to(out)
+    for kind in ("run", "metrics"):
+        if beside(out, kind).exists():
+            beside(out, kind).rename(beside(link, kind))
+    assert begin(link, [request("a"), request("b")]) == {"a"}
+    assert link.is_symlink() and out.read_text() == line("a")
+
+
 def test_two_runs_do_not_write_to_one_output(out):
     records = [request("a"), request("b", n=2)]
     begin(out, records)
@@ -281,6 +293,9 @@ def test_a_whole_file_goes_into_streams_and_new_folders(tmp_path):
     assert (tmp_path / "new" / "folder" / "a.json").read_bytes() == b"whole"
     with pytest.raises(OSError, match="No space left"):
         write_whole(Path("/dev/full"), b"whole")
+    with pytest.raises(OSError) as error:
+        write_whole(Path("/proc/x.json"), b"whole")
+    assert error.value.filename == "/proc/x.json"
     assert os.path.realpath("/dev/full") == "/dev/full" and not Path("/dev/full").is_file()
 
 

@@ -77,7 +77,18 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a small file, in a folder that is made where it is missing: aside, then renamed to its name. A stream
-    takes the bytes as they come."""
+    takes the bytes as they come.
+
+    Raises:
+      OSError: it cannot be written, with its name.
+    """
+    try:
+        _write_whole(path, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_stream(path):
         with open(path, "ab", buffering=0) as stream:

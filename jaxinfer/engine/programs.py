@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.emit import Features
 from jaxinfer.engine.forward import Decoder
+from jaxinfer.engine.params import MOST_BIASES, MOST_STOP_IDS
 from jaxinfer.engine.steps import DecodeInputs, PrefillInputs, State, decode_block, prefill_tick
 from jaxinfer.ops.sampling import SamplingArrays, sampling_arrays
 from jaxinfer.parallel.axes import AXES, VOCAB_AXES
@@ -72,6 +73,12 @@ class Programs:
 
     def slots(self) -> int:
         return self._sizes["stage"] * self.rows()
+
+    def sampling_rows(self) -> SamplingArrays:
+        """Host arrays of greedy rows [Dp, slots], as wide as the most that a request may ask for."""
+        ends = max(16, len(self._decoder.config.eos_token_ids))
+        shape = self._sizes["data"], self.slots()
+        return sampling_arrays(shape, n_bias=MOST_BIASES, n_stop=MOST_STOP_IDS + ends)
 
     def new_state(self) -> State:
         """Everything zero, made on the devices; without counts."""
@@ -181,7 +188,7 @@ class Programs:
         )
         rows = None
         if features.reads_rows:
-            rows = sampling_arrays((self._sizes["data"], self.slots()))
+            rows = self.sampling_rows()
             rows = jax.tree.map(lambda each: self._shape(each.shape, each.dtype, P()), rows)
         return jax.jit(mapped, donate_argnums=1).lower(params, state, self.inputs(program), rows)
 

@@ -17,7 +17,7 @@ from jaxinfer.engine.programs import Program, Programs
 from jaxinfer.engine.request import stop_ids
 from jaxinfer.engine.sequence import Ahead, DecodeBlock, PrefillTick, Sequence
 from jaxinfer.engine.steps import DecodeInputs, PrefillInputs, State
-from jaxinfer.ops.sampling import SamplingArrays, sampling_arrays, set_row
+from jaxinfer.ops.sampling import SamplingArrays, set_row
 from jaxinfer.parallel.mesh import mesh_sizes
 from jaxinfer.parallel.placement import Rules
 
@@ -67,7 +67,7 @@ class Runner:
         self._widths = config.table_widths(max_context)
         # kernels read as far as sequences reach, so that a wide table costs them nothing and spares a program
         self._whole_tables = decoder.kernels != "off"
-        self._sampling = sampling_arrays((mesh_sizes(mesh)["data"], self.programs.slots()))
+        self._sampling = self.programs.sampling_rows()
         self._owners: dict[tuple[int, int], Sequence] = {}
         self._on_device: SamplingArrays | None = None
         self._required = Features()

@@ -12,6 +12,7 @@ from jaxinfer.checkpoint.files import MEND, CheckpointError, DamagedError
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 LARGEST = 2**31 - 1  # of sizes and token ids: arrays are counted in 32 bits
+MOST_ENDS = 1024  # tokens that end a text
 MOST_LAYERS = 1000  # what is made per layer is made before a tensor is looked at
 LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 # what Hugging Face calls the same functions elsewhere
@@ -213,10 +214,12 @@ def special_tokens(hf: dict[str, Any], generation: dict[str, Any]) -> dict[str, 
     special = hf | {name: value for name, value in generation.items() if value is not None}
     eos = special.get("eos_token_id")
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(each) is int and abs(each) <= LARGEST for each in ends):
+    if len(ends) > MOST_ENDS:
+        raise ConfigError(f"eos_token_id: expected up to {MOST_ENDS} tokens, found {len(ends)}")
+    if not all(map(_token, ends)):
         raise ConfigError(f"eos_token_id: expected a token's number, or a list of them, found {eos!r}")
     start = special.get("bos_token_id")
-    if start is not None and (type(start) is not int or abs(start) > LARGEST):
+    if start is not None and not _token(start):
         raise ConfigError(f"bos_token_id: expected a token's number, found {start!r}")
     return {"bos_token_id": start, "eos_token_ids": tuple(ends)}
 
@@ -262,13 +265,21 @@ def _check_rope(rope: RopeConfig) -> None:
     kind, raw = rope.kind, rope.parameters
     legal({}, "rope_type", kind, *ROPE_KINDS)
     number({"rope_theta": rope.theta}, "rope_theta")
-    given({"rope's parameters": raw}, "rope's parameters", {})
+    _in_range("rope's parameters", raw, "names and their values", isinstance(raw, dict))
     named = {f"{kind} rope's {name}": value for name, value in raw.items()}
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed.get(kind, ("factor",)):
         number(named, f"{kind} rope's {name}")
     if kind != "default":
         count(named, f"{kind} rope's original_max_position_embeddings")
+    if kind == "yarn":
+        _in_range("yarn rope's rope_theta", rope.theta, "other than 1", rope.theta != 1)
+    if kind == "llama3":
+        low, high = (raw[name] for name in ("low_freq_factor", "high_freq_factor"))
+        _in_range("llama3 rope's high_freq_factor", high, f"above low_freq_factor ({low})", high > low)
+    if kind == "longrope" and raw.get("attention_factor") is None and raw["factor"] > 1:
+        trained = raw["original_max_position_embeddings"]
+        _in_range("longrope rope's original_max_position_embeddings", trained, "above 1", trained > 1)
     if kind in ("yarn", "longrope"):
         for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             optional(named, f"{kind} rope's {name}", number)
@@ -324,13 +335,14 @@ def _check_model(config: ModelConfig) -> None:
     legal_windows = isinstance(windows, tuple) and all(each is None or _whole(each, 1) for each in windows)
     _in_range("windows", windows, "a list of whole numbers from 1 and nulls", legal_windows)
     _in_range("windows", len(windows), f"num_layers ({config.num_layers}) of them", len(windows) == config.num_layers)
-    legal_ends = isinstance(ends, tuple) and all(type(each) is int for each in ends)
-    _in_range("eos_token_ids", ends, "a list of tokens", legal_ends)
-    _in_range("bos_token_id", start, "null or a token", start is None or type(start) is int)
+    legal_ends = isinstance(ends, tuple) and len(ends) <= MOST_ENDS and all(map(_token, ends))
+    _in_range("eos_token_ids", ends, f"a list of up to {MOST_ENDS} tokens", legal_ends)
+    _in_range("bos_token_id", start, "null or a token", start is None or _token(start))
     check_kv_heads("num_kv_heads", config.num_kv_heads, "num_heads", config.num_heads)
     positions = config.max_context + config.position_offset if config.learned_positions else 0
     _in_range("learned_positions", config.learned_positions, f"from {positions}", config.learned_positions >= positions)
     if config.rope is not None:
+        _in_range("rope", config.rope, "a rope's fields", isinstance(config.rope, RopeConfig))
         _in_range("head_dim", config.head_dim, "even, for rotary embedding", config.head_dim % 2 == 0)
         _check_factors(config.rope, config.head_dim)
 
@@ -339,6 +351,10 @@ def _in_range(name: str, value: Any, legal: str, holds: bool) -> None:
     if not holds:
         shown = repr(value)
         raise ConfigError(f"{name}: found {shown if len(shown) < 80 else shown[:76] + ' ...'}, legal is {legal}")
+
+
+def _token(value: Any) -> bool:
+    return type(value) is int and abs(value) <= LARGEST
 
 
 def _whole(value: Any, least: int) -> bool:

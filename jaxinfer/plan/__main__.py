@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(_check(args, source))
         sys.exit(plan(args, source))
     except (ValueError, OSError, ClusterError, ThreadPoolError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        print(f"{PROGRAM}: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
 
 
