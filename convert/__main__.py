@@ -113,8 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _tokenizer_notes(source: str) -> list[str]:
     try:
         return notes(source)
-    except Exception as error:  # the weights are converted, and run on token ids
-        return [f"{source}: the tokenizer cannot be used: {type(error).__name__}: {error}"]
+    except (ValueError, OSError) as error:  # the weights are converted, and run on token ids
+        return [f"{source}: the tokenizer cannot be used: {error}"]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Files = dict[str, dict[str, Any]]
 
 def take_up(source: Source, plan: Plan, output: Path, dtype: str, say: Callable[[str], None]) -> Record:
     """The record to go on from: of a manifest, of the journal of an unfinished conversion, or, where neither is there
-    or whole, of those leaves that hold what the source gives. `say` hears what is amiss.
+    and whole, of those leaves that hold what the source gives. `say` hears what is amiss.
 
     Raises:
       ConvertError: the output holds something else, or an unfinished conversion with other settings.
@@ -40,12 +40,18 @@ def take_up(source: Source, plan: Plan, output: Path, dtype: str, say: Callable[
     except DamagedError as error:
         lost = str(error)
     header = {"converter": VERSION, "dtype": dtype, "model": source.config.to_json()}
-    if (output / JOURNAL).exists() or not any(output.iterdir()):
-        return Journal(output, header, {})
-    if lost is None or not _there(plan, output):
+    journal = output / JOURNAL
+    try:
+        if journal.exists() or not any(output.iterdir()):
+            return Journal(output, header, {})
+    except DamagedError as error:
+        lost = str(error)
+    if not journal.exists() and (lost is None or not _there(plan, output)):
         raise ConvertError(f"{output}: not empty, and no conversion that can be finished; choose another --output")
     say(f"{lost}; its weights are compared with the source")
-    return Journal(output, header, _same_leaves(plan, output, dtype))
+    leaves = _same_leaves(plan, output, dtype)
+    journal.unlink(missing_ok=True)
+    return Journal(output, header, leaves)
 
 
 def _complete(source: Source, plan: Plan, output: Path, dtype: str) -> Record:
@@ -116,7 +122,7 @@ def _same_leaves(plan: Plan, output: Path, dtype: str) -> dict[str, Files]:
                 files = describe_leaf(target.leaf, np.ascontiguousarray(target.take(whole)), chunks_of(target))
                 if intact(output, files):
                     same[target.leaf] = files
-    if 2 * len(same) <= len(there):
+    if there and 2 * len(same) <= len(there):
         what = f"{len(there) - len(same)} of its {len(there)} leaves hold other numbers than this source in {dtype}"
         raise ConvertError(f"{output}: not empty, and {what}; choose another --output, or remove the folder")
     return same

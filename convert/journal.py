@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.tensor import ConvertError
-from jaxinfer.checkpoint.files import sync_folder
+from jaxinfer.checkpoint.files import DamagedError, sync_folder
+from jaxinfer.json_text import parse
 
 NAME = "convert.journal.jsonl"
 
@@ -32,7 +33,8 @@ class Journal(Record):
         """Opens the folder's journal, or starts one with the leaves that are there already.
 
         Raises:
-          ConvertError: an unfinished conversion with another `header`, or a damaged journal.
+          ConvertError: an unfinished conversion with another `header`.
+          DamagedError: a journal that cannot be read.
         """
         super().__init__({}, {})
         self.path = folder / NAME
@@ -50,17 +52,16 @@ class Journal(Record):
         if torn:
             os.truncate(self.path, self.path.stat().st_size - len(torn))
         try:
-            entries = [json.loads(line) for line in lines] or [{"header": None}]
-            found = entries[0]["header"]
-            for entry in entries[1:]:
-                self.sources.update(entry.get("source", {}))
-                self.leaves.update(entry.get("leaf", {}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"damaged: {type(error).__name__}: {error}"
-            raise ConvertError(f"{self.path}: {what}; remove this file and convert again") from error
-        if found is None:  # a crash left a torn line alone
+            entries = [_entry(line, number) for number, line in enumerate(lines)]
+        except ValueError as error:
+            raise DamagedError(f"{self.path}: damaged, {error}") from error
+        if not entries:  # a crash left a torn line alone
             self._append({"header": header})
             return
+        found = entries[0]["header"]
+        for entry in entries[1:]:
+            self.sources.update(entry.get("source", {}))
+            self.leaves.update(entry.get("leaf", {}))
         header = json.loads(json.dumps(header))  # tuples become lists, as they did on disk
         if found != header:
             names = [name for name in header if found.get(name) != header[name]]
@@ -92,3 +93,28 @@ class Journal(Record):
     def leaf(self, name: str, files: dict[str, dict[str, Any]]) -> None:
         self._append({"leaf": {name: files}})
         super().leaf(name, files)
+
+
+def _entry(line: bytes, number: int) -> dict[str, dict[str, Any]]:
+    """One line's entry: of a header, which is the first, of a source file, or of a leaf."""
+    try:
+        entry = parse(line)
+    except ValueError as error:
+        raise ValueError(f"line {number + 1} is not JSON: {error}") from error
+    kinds = {"source", "leaf"} if number else {"header"}
+    if not isinstance(entry, dict) or len(entry) != 1 or not entry.keys() <= kinds:
+        raise ValueError(f"line {number + 1} is no object of {' or '.join(sorted(kinds))}")
+    ((kind, value),) = entry.items()
+    if not isinstance(value, dict) or not all(_described(kind, each) for each in value.values()):
+        raise ValueError(f"line {number + 1}: its {kind} is not as it was written")
+    return entry
+
+
+def _described(kind: str, value: Any) -> bool:
+    if kind == "source":
+        return isinstance(value, dict) and {"bytes", "sha256"} <= value.keys() and isinstance(value["sha256"], str)
+    return kind == "header" or (isinstance(value, dict) and all(_is_file(each) for each in value.values()))
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, dict) and {"bytes", "xxh3_128"} <= value.keys()

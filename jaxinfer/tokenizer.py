@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from jaxinfer import spm
+from jaxinfer.json_text import parse
 
 # classes of transformers 4 that make tokenizer.json's own begin token give way to add_bos_token, and the model types
 # whose class they are where none is named
@@ -40,7 +41,7 @@ def load_tokenizer(ckpt_dir: str | Path) -> Any | None:
     try:
         tokenizer = load(folder)
     except Exception as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {_fault(folder, error)}") from error
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")  # an editor's byte order mark
     return tokenizer
@@ -52,16 +53,21 @@ def notes(folder: str | Path) -> list[str]:
     Raises:
       ValueError: files that `load_tokenizer` would refuse.
     """
-    from tokenizers import Tokenizer
-
     folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
+    try:
+        return _notes(folder)
+    except Exception as error:  # the library that reads the files has no class of its own for theirs
+        raise ValueError(_fault(folder, error)) from error
+
+
+def _notes(folder: Path) -> list[str]:
+    backend = _check_json(folder)
+    if backend is None:
         return spm.notes(folder) if (folder / "tokenizer.model").is_file() else []
     config = spm.read_config(folder)
     begin, wanted = spm.plain(config.get("bos_token")), _begin_wanted(folder, config)
     if wanted is None or not begin:
         return []
-    backend = Tokenizer.from_str((folder / "tokenizer.json").read_text("utf-8-sig"))
     if wanted == (backend.encode("a").ids[:1] == [backend.token_to_id(begin)]):
         return []
     said, puts = ("true", "does not put") if wanted else ("false", "puts")
@@ -102,6 +108,45 @@ def apply_chat(tokenizer: Any, messages: Any) -> list[int]:
     except Exception as error:  # a template may raise anything
         raise ValueError(f"messages: the chat template refuses them: {error}") from error
     return list(tokenizer.encode(text, add_special_tokens=False))  # the template has written the special tokens
+
+
+def _check_json(folder: Path) -> Any:
+    """The `tokenizers.Tokenizer` of the folder's ``tokenizer.json``; None without one. A ``vocab.json`` alone is read.
+
+    Raises:
+      ValueError: what is wrong with the file, by its name.
+    """
+    from tokenizers import Tokenizer
+
+    if not (path := folder / "tokenizer.json").is_file():
+        if not (folder / "tokenizer.model").is_file():
+            spm.read(folder / "vocab.json")
+        return None
+    text = path.read_bytes()
+    try:
+        found = parse(text)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: damaged, not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: found {type(found).__name__}, legal is an object")
+    for name, kind in (("added_tokens", list), ("model", dict)):
+        if name not in found:
+            raise ValueError(f"{path.name}: lacks {name!r}")
+        if not isinstance(found[name], kind):
+            raise ValueError(f"{path.name}: {name!r} is not {'a list' if kind is list else 'an object'}")
+    try:
+        return Tokenizer.from_str(text.decode("utf-8-sig"))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _fault(folder: Path, error: Exception) -> str:
+    """What is wrong with the folder's files, after a library stumbled over it with `error`."""
+    try:
+        _check_json(folder)
+    except (ValueError, OSError) as found:
+        return str(found)
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 def _transformers() -> Any:

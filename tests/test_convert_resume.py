@@ -13,6 +13,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from convert.__main__ import main
+from convert.journal import Journal
 from convert.plan import make_plan
 from convert.run import convert
 from convert.source import open_source
@@ -47,6 +49,17 @@ def kill_after(source, ckpt, leaves):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def write_journal(source, ckpt, manifest):
+    """The journal of a conversion that was interrupted before its manifest."""
+    header = {"converter": manifest.converter, "dtype": manifest.dtype, "model": open_source(source).config.to_json()}
+    journal = Journal(ckpt, header, {})
+    for name, found in manifest.sources.items():
+        journal.source(name, found)
+    for leaf in manifest.leaves:
+        files = {name: found for name, found in manifest.files.items() if name.startswith(f"params/{leaf}/")}
+        journal.leaf(leaf, files)
 
 
 def inodes(ckpt):
@@ -117,6 +130,52 @@ def unfinished(tmp_path):
         convert(hf, ckpt, "float16", quiet=True)
     assert journal_leaves(ckpt) == 20
     return hf, ckpt, tensor
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "after"),
+    [
+        (0, b"header", b"hea\xf2er"),
+        (5, b"{", b"\xfb"),
+        (5, b'"leaf"', b'"lfaf"'),
+        (1, b'"sha256"', b'"sha356"'),
+        (-1, b'"xxh3_128"', b'"xxh3_228"'),
+    ],
+)
+def test_a_damaged_journal_is_as_good_as_none(tmp_path, line, before, after, capsys):
+    hf, ckpt = tmp_path / "hf", tmp_path / "ckpt"
+    make_hf_folder(hf)
+    convert(hf, ckpt, quiet=True)
+    journal, manifest = ckpt / "convert.journal.jsonl", read_manifest(ckpt)
+    write_journal(hf, ckpt, manifest)
+    whole, kept = (ckpt / "manifest.json").read_bytes(), inodes(ckpt)
+    (ckpt / "manifest.json").unlink()
+    lost = next((ckpt / "params" / "norm").glob("[0-9]*"))
+    lost.unlink()
+    lines = journal.read_bytes().splitlines(True)
+    lines[line] = lines[line].replace(before, after, 1)
+    journal.write_bytes(b"".join(lines))
+    arguments = ["--source", str(hf), "--output", str(ckpt)]
+    assert main(arguments) == 0
+    assert f"convert: {journal}: damaged, line " in capsys.readouterr().err
+    assert (ckpt / "manifest.json").read_bytes() == whole and not journal.exists()
+    now = inodes(ckpt)
+    assert all(now[name] == inode for name, inode in kept.items() if not name.startswith("params/norm/"))
+    assert main(arguments) == 0 and "already converted" in capsys.readouterr().out
+
+
+def test_a_damaged_journal_without_leaves_begins_anew_and_one_of_other_weights_is_kept(tmp_path, unfinished):
+    hf, ckpt, _ = unfinished
+    journal = ckpt / "convert.journal.jsonl"
+    journal.write_bytes(b"\xff" + journal.read_bytes())
+    refused_whole = journal.read_bytes()
+    with pytest.raises(ConvertError, match="20 of its 20 leaves hold other numbers than this source in bfloat16"):
+        convert(hf, ckpt, "bfloat16", quiet=True)
+    assert journal.read_bytes() == refused_whole
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / journal.name).write_bytes(b'{"header": \xff}\n')
+    convert(hf, tmp_path / "new", quiet=True)
+    assert convert(hf, tmp_path / "new", quiet=True)[1] == []
 
 
 def test_unfinished_folder_does_not_go_on_with_another_dtype_or_config(unfinished):

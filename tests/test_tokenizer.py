@@ -231,6 +231,33 @@ def test_a_broken_file_is_named(name, folder):
         load_tokenizer(folder.parent)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{}", "lacks 'added_tokens'"),
+        ('{"version": "1.0"}', "lacks 'added_tokens'"),
+        ('{"added_tokens": []}', "lacks 'model'"),
+        ('{"added_tokens": [], "model": null}', "'model' is not an object"),
+        ('{"added_tokens": [], "model": {"type": "of none"}}', "data did not match any variant"),
+        ("[]", "found list, legal is an object"),
+        ("[" * 100_000, "damaged, not JSON: nested too deeply"),
+        ("{bad", "damaged, not JSON: Expecting property name"),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_json_is_said_while_converting_and_loading(text, found, folder):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^{folder}: the tokenizer cannot be loaded: tokenizer.json: {found}"):
+        load_tokenizer(folder.parent)
+    with pytest.raises(ValueError, match=f"^tokenizer.json: {found}"):
+        notes(folder)
+
+
+def test_a_broken_vocabulary_is_said_while_converting(folder):
+    (folder / "vocab.json").write_text("{bad")
+    with pytest.raises(ValueError, match=r"vocab\.json: damaged, not JSON"):
+        notes(folder)
+
+
 def test_sentencepiece_symbols_that_would_split_wrong_are_refused(folder):
     model = train_sentencepiece(model_type="bpe", vocab_size=350, user_defined_symbols=["fox"])
     (folder / "tokenizer.model").write_bytes(model)
