@@ -133,6 +133,8 @@ def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
         parser.error("--coordinator, --num-processes and --process-id belong together")
     if args.overwrite and args.resume_anyway:
         parser.error("--overwrite starts over, --resume-anyway goes on: give one of them")
+    if args.output == "-":
+        parser.error("--output -: found no file; /dev/stdout takes the lines, and without --output the text is shown")
     if args.output and args.prompts and Path(args.output).resolve() == Path(args.prompts).resolve():
         parser.error("--output is the file of prompts")
     return args

@@ -62,6 +62,8 @@ def read_file(path: str, defaults: SamplingParams) -> list[InputRecord | InputEr
       ValueError: a file name that ends in neither, another encoding than UTF-8; OSError: a file that cannot be read.
     """
     if path == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompts -: standard input is closed")
         lines = split_lines(sys.stdin.buffer.read(), "standard input")
         as_json = next((line.lstrip() for line in lines if line.strip()), b"").startswith(b"{")
     else:

@@ -324,7 +324,11 @@ def take_back(path: Path) -> None:
 
 def _read_run(run_file: Path, output: Path, anyway: bool) -> dict[str, Any]:
     try:
-        return json.loads(run_file.read_bytes())
+        found = json.loads(run_file.read_bytes())
+        shapes = {"settings": dict, "prompts": dict, "runs": list}
+        if not isinstance(found, dict) or any(not isinstance(found.get(name), kind) for name, kind in shapes.items()):
+            raise ValueError("not what a run writes")
+        return found
     except (FileNotFoundError, ValueError, RecursionError) as error:
         if anyway:
             return {}

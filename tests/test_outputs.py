@@ -188,6 +188,16 @@ def test_a_link_to_an_output_stays_one_when_a_torn_line_is_dropped(out):
     assert link.is_symlink() and out.read_text() == line("a")
 
 
+@pytest.mark.parametrize("text", ["[]", "5", '{"settings": null, "prompts": {}, "runs": []}', '{"settings": {}}'])
+def test_a_run_file_of_another_shape_is_damaged(out, text):
+    begin(out, [request("a")])
+    out.write_text(line("a"))
+    beside(out, "run").write_text(text)
+    with pytest.raises(OutputError, match="is damaged"):
+        begin(out, [request("a")])
+    assert begin(out, [request("a")], anyway=True) == {"a"}
+
+
 def test_two_runs_do_not_write_to_one_output(out):
     records = [request("a"), request("b", n=2)]
     begin(out, records)

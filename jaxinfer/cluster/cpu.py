@@ -3,6 +3,7 @@
 import os
 
 THREADS_PER_DEVICE = 4  # measured: below it, collectives that do not depend on each other block each other's threads
+MOST_DEVICES = 1024
 
 
 class ThreadPoolError(RuntimeError):
@@ -13,11 +14,11 @@ def use_virtual_devices(count: int) -> None:
     """Makes `count` CPU devices the only ones, with a thread pool that is large enough for them.
 
     Raises:
-      ValueError: a count below 1.
+      ValueError: a count below 1, or above MOST_DEVICES, which would take memory without end.
       RuntimeError: JAX runs already, with another platform, another number of devices or too small a pool.
     """
-    if count < 1:
-        raise ValueError(f"cpu_devices: found {count}, legal is at least 1")
+    if not 1 <= count <= MOST_DEVICES:
+        raise ValueError(f"cpu_devices: found {count}, legal is 1 to {MOST_DEVICES}")
     import jax
 
     try:

@@ -7,6 +7,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 KERNELS = ("auto", "on", "off")
 LOAD_FORMATS = ("checkpoint", "dummy")
 MOST_STEPS = 1024  # of a decode block
+LARGEST_PAGE = 1024  # tokens
 LONG_ROW, SHORT_ROW = 512, 32  # tokens per row of a prefill tick
 
 
@@ -61,6 +62,10 @@ class EngineConfig:
                 raise ValueError(f"{name}: {value} is below 1")
         if self.decode_steps > MOST_STEPS:
             raise ValueError(f"decode_steps: {self.decode_steps} is above {MOST_STEPS}: a block cannot be interrupted")
+        if self.page_size > LARGEST_PAGE:
+            raise ValueError(
+                f"page_size: {self.page_size} is above {LARGEST_PAGE}: a sequence fills its last page by half"
+            )
         if self.pages is not None and self.pages < 2:
             raise ValueError(f"pages: {self.pages} is below 2 (one page is the null page)")
         if self.max_context is not None and self.max_context < 2:
