@@ -19,6 +19,8 @@ from jaxinfer.engine import costs
 from jaxinfer.models.families import from_hf
 from jaxinfer.parallel.axes import parse_mesh
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 H200 = Limits(copy_bytes_per_s=4.2e12, matmul_flops_per_s=790e12)
 ONE = parse_mesh("")

@@ -17,6 +17,8 @@ from convert.run import convert
 from hf_models import make_hf_folder
 from processes import free_port, own_environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -7,6 +7,8 @@ from jaxinfer.doctor import compare
 from jaxinfer.doctor.finding import Report, error, ok
 from jaxinfer.doctor.show import merge
 
+pytestmark = pytest.mark.slow
+
 
 def reports(*facts: dict, hosts: str = "abcd") -> list[Report]:
     return [Report(rank, hosts[rank], each) for rank, each in enumerate(facts)]

@@ -18,6 +18,8 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.request import Request
 from jaxinfer.inputs import InputRecord
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"max_batch": 4, "prefill_chunk": 16, "decode_steps": 2, "page_size": 8, "pages": 17}
 PROMPTS = [[5] * 20, [7, 8, 9], [11] * 12]
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=1.0, repetition_penalty=1.1, n=2)

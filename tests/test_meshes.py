@@ -12,6 +12,8 @@ from hf_models import make_hf_folder
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Request
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 131  # prime: padded on every mesh
 PARAMS = {
     "a": SamplingParams(max_new_tokens=13, ignore_eos=True),

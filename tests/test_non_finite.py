@@ -22,6 +22,8 @@ from jaxinfer.parallel import collectives
 from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.slow
+
 UP = DOWN.replace("down", "up")
 POISON = 7  # the token whose embedding is NaN
 PROMPTS = {"good": [5, 6, 8], "bad": [5, POISON, 8, 9], "short": [12, 13], "long": [11] * 20}

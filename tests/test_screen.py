@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = (
     "convert.__main__",
     "jaxinfer.doctor.__main__",
