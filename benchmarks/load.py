@@ -105,9 +105,8 @@ def bytes_table(reader: Reader, model: ModelConfig, parameters: Any) -> None:
     import jax
 
     from jaxinfer.checkpoint.load import local_piece
-    from jaxinfer.engine.fit import check_model
     from jaxinfer.parallel.axes import LayoutError
-    from jaxinfer.parallel.placement import Parameter, Rules
+    from jaxinfer.parallel.placement import Parameter, Rules, check_model
 
     print("\n| tensor | one process for all devices | one process per device |\n|---|---|---|")
     for tensor in TENSOR:

@@ -87,6 +87,12 @@ def main() -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    return _checked(parser, parser.parse_args(argv))
+
+
+def make_parser() -> Parser:
+    """All options of the command; a study's settings are most of them."""
     parser = Parser(
         prog=PROGRAM,
         description="Continues prompts with a converted model (python -m convert), on any mesh of devices.",
@@ -113,7 +119,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_sampling_options(parser, "sampling, for lines that do not say otherwise")
     add_profile_options(parser)
     add_limit_options(parser)
-    return _checked(parser, parser.parse_args(argv))
+    return parser
 
 
 def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:

@@ -21,14 +21,13 @@ from greedy_reference import agree_up_to_ties
 from hf_models import make_hf_folder
 from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.engine.costs import count_parameters
-from jaxinfer.engine.fit import check_model
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.models.config import ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf
 from jaxinfer.parallel.axes import LayoutError, parse_mesh
 from jaxinfer.parallel.mesh import make_mesh, mesh_sizes
-from jaxinfer.parallel.placement import Parameter, Rules, global_shape, partition_spec
+from jaxinfer.parallel.placement import Parameter, Rules, check_model, global_shape, partition_spec
 from jaxinfer.presets import load_preset
 from jaxinfer.tokenizer import encode, load_tokenizer
 from model_logits import compare

@@ -13,7 +13,7 @@ from jaxinfer.engine.memory import DoesNotFit, MemoryPlan, choose_batch, choose_
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.ops.cuda import Gpu
 from jaxinfer.parallel.axes import LayoutError, mesh_text
-from jaxinfer.parallel.placement import MeshSizes, Rules, check_layout
+from jaxinfer.parallel.placement import MeshSizes, Rules, check_model
 from jaxinfer.parallel.stages import balance, check_stage_layers
 
 MOST_DEVICES, MOST_TENSOR = 256, 8  # that advice looks at
@@ -26,13 +26,6 @@ class Fitted:
     decoder: Decoder
     config: EngineConfig
     memory: MemoryPlan
-
-
-def check_model(model: ModelConfig, sizes: MeshSizes) -> None:
-    """Raises:
-    LayoutError: a mesh that cannot cut the model, with every dimension that does not divide.
-    """
-    check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, Rules(), sizes)
 
 
 def fit(

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from jaxinfer.engine.fit import check_model
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.parallel.axes import LayoutError, choose_mesh
+from jaxinfer.parallel.placement import check_model
 
 
 def auto_mesh(model: Mapping[str, Any], hosts: Sequence[str]) -> tuple[dict[str, int], str]:

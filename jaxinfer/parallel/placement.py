@@ -6,14 +6,21 @@ holds follows from that and from one table, `Rules`: the slice of every leaf, th
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import ceil, prod
-from typing import Protocol
-
-from jax.sharding import PartitionSpec
+from typing import TYPE_CHECKING, Protocol
 
 from jaxinfer.parallel.axes import LayoutError
 
+if TYPE_CHECKING:
+    from jax.sharding import PartitionSpec
+
 MeshSizes = Mapping[str, int]
 SHOWN = 256  # ways; an MLP's width divides by many more
+
+
+class Heads(Protocol):
+    num_heads: int
+    num_kv_heads: int
+    mlp_width: int
 
 
 class Leaf(Protocol):
@@ -84,7 +91,9 @@ def local_shape(parameter: Parameter, rules: Rules, sizes: MeshSizes) -> tuple[i
     return (rows, columns) if parameter.in_dims else (rows,)
 
 
-def partition_spec(parameter: Parameter, rules: Rules) -> PartitionSpec:
+def partition_spec(parameter: Parameter, rules: Rules) -> "PartitionSpec":
+    from jax.sharding import PartitionSpec  # whether a mesh is legal is asked where JAX must not start
+
     _, leaf = parameter.leaves[0]
     cut = [rules.mesh_axes(axis) for axis in leaf.axes]
     split = len(cut) - parameter.in_dims
@@ -128,3 +137,10 @@ def check_layout(dimensions: Mapping[str, int], rules: Rules, sizes: MeshSizes) 
             )
     if wrong:
         raise LayoutError("; ".join(wrong))
+
+
+def check_model(model: Heads, sizes: MeshSizes) -> None:
+    """Raises:
+    LayoutError: a mesh that cannot cut the model, with every dimension that does not divide.
+    """
+    check_layout({"heads": model.num_heads, "kv_heads": model.num_kv_heads, "mlp": model.mlp_width}, Rules(), sizes)
