@@ -3,12 +3,12 @@
     python -m benchmarks.draw build/bench/*.json --output build/bench/bench.png
 
 A bar of 100 % is the floor (benchmarks/floor.py, from what was measured in the same run); where a figure has none, the
-goal is 100 %, else the best peer. Figures without anything to compare with are left out. The number beside a bar is the
-figure itself.
+goal is 100 %, else the best peer. On a CPU no floor is drawn: a small model stays in the processor's cache, and is
+faster than the memory that the floor is made of. Figures without anything to compare with are left out. The number
+beside a bar is the figure itself.
 """
 
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
@@ -17,13 +17,15 @@ from typing import Any
 import attrs
 
 from benchmarks.report import share
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer import style
 from jaxinfer.options import Parser, file_to_write
-from jaxinfer.plot import COLOURS
 from jaxinfer.screen import escape_unencodable
 
 OURS = "jaxinfer"
-INCHES_PER_BAR = 0.22
+INCHES_PER_BAR = 0.15
+TITLE_LETTERS = 36  # of a figure's name, on one line
+BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # lines do not cross it
+FLOOR, GOAL, PEER = "the floor", "the goal", "the best peer"
 
 
 class DrawError(ValueError):
@@ -32,9 +34,11 @@ class DrawError(ValueError):
 
 @attrs.frozen
 class Group:
-    """The bars of one figure: name to (share of the reference, text); `goal` as such a share too."""
+    """The bars of one figure: name to (share of the reference, text); `goal` as such a share too; `of` names the
+    reference."""
 
     title: str
+    of: str
     bars: dict[str, tuple[float, str]]
     goal: float | None
 
@@ -63,15 +67,16 @@ def _key(row: dict[str, Any]) -> Any:
 
 def _group(data: dict[str, Any], row: dict[str, Any]) -> Group | None:
     unit, peers = row["unit"], row["peers"]
-    reference = row["floor"] or row["goal"]
+    on_cpu = str(data.get("devices", {}).get("kind")).lower() == "cpu"
+    of, reference = (FLOOR, row["floor"]) if row["floor"] and not on_cpu else (GOAL, row["goal"])
     if reference is None and peers:
-        reference = max(peers.values(), key=lambda value: share(unit, value, 1.0))
+        of, reference = PEER, max(peers.values(), key=lambda value: share(unit, value, 1.0))
     if reference is None:
         return None
     values = {OURS: row["value"], **peers}
     bars = {name: (share(unit, value, reference) or 0.0, _text(value, unit)) for name, value in values.items()}
     title = ", ".join(filter(None, [data["model"], data["mesh_text"], f"{data['benchmark']}: {row['name']}"]))
-    return Group(title, bars, share(unit, row["goal"], reference))
+    return Group(title, of, bars, share(unit, row["goal"], reference))
 
 
 def _text(value: float, unit: str) -> str:
@@ -85,49 +90,52 @@ def draw(groups: list[Group], output: Path) -> None:
       DrawError: it cannot be written, or there is no matplotlib.
     """
     try:
-        import matplotlib
-    except ImportError:
-        raise DrawError("matplotlib is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        with style.paper():
+            style.save(_figure(groups), output)
+    except style.StyleError as error:
+        raise DrawError(str(error)) from None
 
+
+def _figure(groups: list[Group]) -> Any:
     names = list(dict.fromkeys(name for group in groups for name in group.bars))
-    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
-    rows = sum(len(group.bars) + 1 for group in groups)
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid.axis": "x", "axes.grid": True,
-             "grid.color": "#ececec", "axes.axisbelow": True, "font.size": 9}  # fmt: skip
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(11, 1.4 + INCHES_PER_BAR * rows), layout="constrained")
-        place, labelled, widest = 0, set(), 100.0
-        ticks: list[tuple[float, str]] = []
-        for group in groups:
-            top = place
-            for name, (part, text) in group.bars.items():
-                label = None if name in labelled else name
-                labelled.add(name)
-                bar = axes.barh(place, part * 100, 0.82, color=colours[name], label=label)
-                axes.bar_label(bar, [text], padding=4, fontsize=8)
-                widest = max(widest, part * 100)
-                place += 1
-            if group.goal is not None:
-                label = None if "goal" in labelled else "goal"
-                labelled.add("goal")
-                axes.plot([group.goal * 100] * 2, [top - 0.5, place - 0.5], color="black", linewidth=2, label=label)
-            ticks.append(((top + place - 1) / 2, group.title))
+    heights = [max(len(group.bars), _title(group, groups).count("\n") + 1) for group in groups]
+    figure, axes = style.canvas(style.PAGE, 0.8 + INCHES_PER_BAR * sum(each + 1 for each in heights))
+    place, widest, handles = 0.0, 100.0, {}
+    ticks: list[tuple[float, str]] = []
+    for group, height in zip(groups, heights):
+        top = place
+        place += (height - len(group.bars)) / 2
+        for name, (part, text) in group.bars.items():
+            bar = axes.barh(place, part * 100, 0.82, linewidth=0.4, **style.fill(names.index(name)))
+            handles.setdefault(name, bar)
+            axes.bar_label(bar, [text], padding=4, fontsize=7, bbox=BEHIND_TEXT)
+            widest = max(widest, part * 100)
             place += 1
-        axes.axvline(100, color="#999999", linewidth=1, linestyle="--")
-        axes.set(yticks=[at for at, _ in ticks], yticklabels=[text for _, text in ticks], ylim=(place - 0.5, -0.8))
-        axes.set(xlim=(0, 1.18 * widest), xlabel="% of the floor (what the device was measured to be able to do)")
-        axes.tick_params(axis="y", length=0)
-        figure.legend(loc="outside upper left", ncols=6, frameon=False)
-        try:
-            picture = io.BytesIO()
-            figure.savefig(picture, format=output.suffix.removeprefix(".") or "png", dpi=130)
-            write_whole(output, picture.getvalue())
-        except (OSError, ValueError) as error:
-            raise DrawError(f"{output}: {getattr(error, 'strerror', None) or error}") from None
-        finally:
-            pyplot.close(figure)
+        if group.goal is not None and group.of != GOAL:
+            ends = [top - 0.5, top + height - 0.5]
+            handles["goal"] = axes.plot([group.goal * 100] * 2, ends, color=style.RED, linewidth=1.6)[0]
+        ticks.append((top + (height - 1) / 2, _title(group, groups)))
+        place = top + height + 1
+    axes.axvline(100, color=style.GREY, linewidth=0.8, linestyle="--")
+    axes.set(yticks=[at for at, _ in ticks], yticklabels=[text for _, text in ticks], ylim=(place - 1.3, -0.8))
+    axes.set(xlim=(0, 1.2 * widest), xlabel=_axis(groups))
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    style.legend(figure, list(handles.values()), list(handles))
+    return figure
+
+
+def _title(group: Group, groups: list[Group]) -> str:
+    """Says what 100 % is where that is not the same for all."""
+    mixed = len({each.of for each in groups}) > 1
+    return style.wrapped(f"{group.title} (of {group.of})" if mixed else group.title, TITLE_LETTERS)
+
+
+def _axis(groups: list[Group]) -> str:
+    if len(found := {group.of for group in groups}) > 1:
+        return "% of what stands in brackets"
+    (of,) = found
+    return f"% of {of}" + " (what the device was measured to be able to do)" * (of == FLOOR)
 
 
 def main() -> None:

@@ -1,22 +1,22 @@
 """``python -m jaxinfer.plot``: what a run's results and metrics look like, as one picture."""
 
-import io
 import json
 import sys
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 
-from jaxinfer.checkpoint.files import write_whole
+from jaxinfer import style
 from jaxinfer.options import Parser, file_to_write
 from jaxinfer.screen import escape_unencodable
 
 PROGRAM = "jaxinfer.plot"
-PHASES = {"load": "#7d5ba6", "compile": "#e3a857", "prefill": "#5b8db8", "decode": "#2f5d50", "other": "#d0d0d0"}
-COLOURS = ("#2f5d50", "#c8553d", "#5b8db8", "#e3a857", "#7d5ba6", "#6b705c", "#d88c9a", "#3d405b")
-MOST_LABELS = 8
+NAME_LETTERS = 24  # of a run, on one line beside its bar
+PANEL, INCHES_PER_LINE = 2.2, 0.13  # heights of a panel at least, and of a line of text beside the bars
+MOST_MARKERS = 8  # on a line
 
 
 class PlotError(RuntimeError):
@@ -65,9 +65,12 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def phases(metrics: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each phase; loading comes before the wall time that the metrics count."""
+    """Seconds of each phase, mean of the processes. In outputs of versions that did not measure them, those that the
+    engine counted: there loading comes before the wall time."""
+    if processes := metrics.get("phases"):
+        return {name: float(np.mean([each.get(name, 0.0) for each in processes])) for name in style.PHASES}
     engine = metrics["engine"]
-    seconds = {name: float(engine[f"{name}_seconds"]) for name in PHASES if name != "other"}
+    seconds = {name: float(engine[f"{name}_seconds"]) for name in ("load", "compile", "prefill", "decode")}
     inside = sum(seconds.values()) - seconds["load"]
     return seconds | {"other": max(0.0, metrics["wall_s"] - inside)}
 
@@ -78,41 +81,44 @@ def draw(paths: list[Path], output: Path) -> None:
     Raises:
       PlotError: an output without results, a picture that cannot be written, no matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlotError("matplotlib is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     runs = [read_run(path, name) for path, name in zip(paths, _names(paths))]
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#ececec",
-             "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"}  # fmt: skip
-    with pyplot.rc_context(style):
-        figure, ((first, whole), (length, time)) = pyplot.subplots(2, 2, figsize=(11, 7.2), layout="constrained")
-        _shares(first, runs, "ttft", "Time to first token, from the arrival of a request")
-        _shares(whole, runs, "latency", "Latency of a request")
-        _tokens(length, runs)
-        _times(time, runs)
-        figure.suptitle(_title(runs), x=0.012, ha="left", fontsize=13, fontweight="bold")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.04)
-        if len(runs) > 1:
-            handles, labels = first.get_legend_handles_labels()
-            length.legend(handles[:MOST_LABELS], labels[:MOST_LABELS], loc="upper center", ncols=4, frameon=False,
-                          bbox_to_anchor=(0.5, -0.16))  # fmt: skip
-        try:
-            picture = io.BytesIO()
-            figure.savefig(picture, format=output.suffix.removeprefix(".") or "png", dpi=130)
-            write_whole(output, picture.getvalue())
-        except (OSError, ValueError) as error:
-            raise PlotError(f"{output}: {getattr(error, 'strerror', None) or error}") from None
-        finally:
-            pyplot.close(figure)
+    try:
+        with style.paper():
+            style.save(_figure(runs), output)
+    except style.StyleError as error:
+        raise PlotError(str(error)) from None
+
+
+def _figure(runs: list[Run]) -> Any:
+    lines = max(style.wrapped(run.name, NAME_LETTERS).count("\n") for run in runs) + 2
+    heights = [PANEL, max(PANEL, INCHES_PER_LINE * lines * len(runs))]
+    size, ratios = (style.PAGE, 0.8 + sum(heights)), {"height_ratios": heights}
+    figure, ((first, whole), (length, time)) = style.canvas(*size, 2, 2, gridspec_kw=ratios)
+    _shares(first, runs, "ttft", "Time to first token, from the request's arrival", "seconds")
+    _shares(whole, runs, "latency", "Latency of a request", "seconds")
+    if len(runs) > 1:
+        _shares(length, runs, "tokens", "Output tokens of a result", "tokens")
+    else:
+        _tokens(length, runs[0])
+    _times(time, runs)
+    figure.suptitle(_title(runs), x=0.012, ha="left", fontsize=9, fontweight="bold")
+    handles, labels = first.get_legend_handles_labels() if len(runs) > 1 else ([], [])
+    bars, names = time.get_legend_handles_labels()
+    if handles or bars:
+        style.legend(figure, [*handles, *bars], [*labels, *names])
+    return figure
 
 
 def _names(paths: list[Path]) -> list[str]:
+    """What tells the outputs apart: their names, else their folders without what is the same in all."""
     stems = [path.name.removesuffix(".jsonl") for path in paths]
-    return stems if len(set(stems)) == len(stems) else [str(path.parent / stem) for path, stem in zip(paths, stems)]
+    if len(set(stems)) == len(stems):
+        return stems
+    if len(set(stems)) == 1 and len({path.parent for path in paths}) == len(paths):
+        folders = [path.parent.absolute() for path in paths]
+        common = commonpath(folders)
+        return [each.name if each == Path(common) else str(each.relative_to(common)) for each in folders]
+    return [str(path.parent / stem) for path, stem in zip(paths, stems)]
 
 
 def _title(runs: list[Run]) -> str:
@@ -126,30 +132,30 @@ def _title(runs: list[Run]) -> str:
     return f"{runs[0].name}: " * (len(runs) == 1) + ", ".join(parts)
 
 
-def _shares(axes: Any, runs: list[Run], field: str, title: str) -> None:
+def _shares(axes: Any, runs: list[Run], field: str, title: str, unit: str) -> None:
     """For each x the share of results that took no longer."""
     for place, run in enumerate(runs):
         values = np.sort(getattr(run, field))
         shares = np.arange(1, len(values) + 1) / len(values) * 100
-        colour = COLOURS[place % len(COLOURS)]
-        axes.step(np.r_[values[0], values], np.r_[0, shares], where="post", color=colour, label=run.name, linewidth=1.8)
+        form = style.line(place)
         if len(runs) == 1:
+            form["marker"] = ""
             for share in (50, 90, 99):
                 value = np.percentile(values, share)
-                axes.plot(value, share, "o", color=colour, markersize=5)
-                axes.annotate(f"p{share} {_seconds(value)}", (value, share), (-8, 2), textcoords="offset points",
-                              ha="right", va="bottom", fontsize=9)  # fmt: skip
-    axes.set(
-        title=title, xlabel="seconds", ylabel="% of results", ylim=(0, 104), xlim=(0, None), yticks=range(0, 101, 25)
-    )
+                axes.plot(value, share, "o", color=form["color"])
+                axes.annotate(f"p{share} {_seconds(value)}", (value, share), (-6, 1), textcoords="offset points",
+                              ha="right", va="bottom", fontsize=7)  # fmt: skip
+        # markers at other places on each line: lines that lie on each other show both
+        between = max(1.0, len(values) / MOST_MARKERS)
+        at = (between * (place / len(runs) + np.arange(MOST_MARKERS))).astype(int)
+        axes.step(np.r_[values[0], values], np.r_[0, shares], where="post", label=run.name,
+                  markevery=np.unique(at[at <= len(values)]).tolist(), **form)  # fmt: skip
+    axes.set(title=title, xlabel=unit, ylabel="% of results", ylim=(0, 104), xlim=(0, None), yticks=range(0, 101, 25))
 
 
-def _tokens(axes: Any, runs: list[Run]) -> None:
-    top = max(run.tokens.max() for run in runs)
-    bins = np.linspace(0, top + 1, int(min(top + 1, 30)) + 1)
-    for place, run in enumerate(runs):
-        form = {"histtype": "stepfilled", "alpha": 0.85} if len(runs) == 1 else {"histtype": "step", "linewidth": 1.8}
-        axes.hist(run.tokens, bins, color=COLOURS[place % len(COLOURS)], **form)
+def _tokens(axes: Any, run: Run) -> None:
+    top = run.tokens.max()
+    axes.hist(run.tokens, np.linspace(0, top + 1, int(min(top + 1, 30)) + 1), color=style.line(0)["color"])
     axes.set(title="Output tokens of a result", xlabel="tokens", ylabel="results", xlim=(0, None))
     axes.yaxis.get_major_locator().set_params(integer=True)
 
@@ -164,19 +170,21 @@ def _times(axes: Any, runs: list[Run]) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds")
     parts = [phases(run.metrics) for run in measured]
+    names = [name for name in style.PHASES if any(name in each for each in parts)]
     if len(parts) == 1:
-        seconds = list(parts[0].values())
-        bars = axes.barh(range(len(PHASES)), seconds, 0.62, color=list(PHASES.values()))
-        axes.bar_label(bars, [_seconds(each) for each in seconds], padding=4)
-        axes.set(yticks=range(len(PHASES)), yticklabels=list(PHASES), xlim=(0, 1.15 * max(seconds)))
+        seconds = [parts[0][name] for name in names]
+        for row, name in enumerate(names):
+            axes.barh(row, parts[0][name], 0.62, **style.PHASES[name])
+            axes.annotate(_seconds(parts[0][name]), (parts[0][name], row), (3, 0), textcoords="offset points",
+                          va="center", fontsize=7)  # fmt: skip
+        axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.2 * max(seconds)))
     else:
         left = np.zeros(len(parts))
-        for name, colour in PHASES.items():
-            seconds = np.array([each[name] for each in parts])
-            axes.barh(range(len(parts)), seconds, 0.62, left, color=colour, label=name)
+        for name in names:
+            seconds = np.array([each.get(name, 0.0) for each in parts])
+            axes.barh(range(len(parts)), seconds, 0.62, left, label=name, **style.PHASES[name])
             left += seconds
-        axes.set(yticks=range(len(parts)), yticklabels=[run.name for run in measured])
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5, frameon=False, handlelength=1)
+        axes.set(yticks=range(len(parts)), yticklabels=[style.wrapped(run.name, NAME_LETTERS) for run in measured])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
 

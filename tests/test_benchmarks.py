@@ -178,4 +178,22 @@ def test_draw_refuses_what_it_cannot_compare(tmp_path):
         read([tmp_path / "b.json"])
     write(tmp_path / "c.json", report, [Row("warm", "s", 3.0, goal=15.0, peers={"vLLM": 55.0})])
     (group,) = read([tmp_path / "c.json"])
-    assert group.goal == 1 and group.bars == {"jaxinfer": (5.0, "3 s"), "vLLM": (15 / 55, "55 s")}
+    assert (group.goal, group.of) == (1, "the goal")
+    assert group.bars == {"jaxinfer": (5.0, "3 s"), "vLLM": (15 / 55, "55 s")}
+
+
+def test_on_a_cpu_no_share_of_a_floor_is_drawn(tmp_path):
+    rows = [
+        Row("TPOT, B=1", "ms", 0.5, floor=12.4, peers={"transformers": 1.0, "vLLM": 2.0}),
+        Row("TTFT, B=1", "ms", 9.0, 5.0),
+    ]
+    report = {"benchmark": "latency", "model": "tiny", "mesh_text": "", "devices": {"kind": "cpu"}}
+    write(tmp_path / "cpu.json", report, rows)
+    (group,) = read([tmp_path / "cpu.json"])
+    assert group.of == "the best peer"
+    assert {name: part for name, (part, _) in group.bars.items()} == {"jaxinfer": 2, "transformers": 1, "vLLM": 0.5}
+    write(tmp_path / "gpu.json", report | {"devices": {"kind": "NVIDIA H200"}}, rows)
+    groups = read([tmp_path / "gpu.json"])
+    assert [each.of for each in groups] == ["the floor"] * 2 and groups[0].bars["jaxinfer"][0] == 24.8
+    draw.draw([group, *groups], tmp_path / "both.pdf")
+    assert (tmp_path / "both.pdf").read_bytes().startswith(b"%PDF")

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxinfer.plot import PlotError, draw, phases, read_run
+from jaxinfer import style
+from jaxinfer.plot import PlotError, _figure, _names, draw, phases, read_run
 
 METRICS = {
     "unfinished": 0,
@@ -64,7 +65,7 @@ def test_one_run(tmp_path, metrics):
     draw([write_run(tmp_path / "out.jsonl", metrics=metrics)], tmp_path / "out.png")
     assert min(size(tmp_path / "out.png")) > 800
     bars = {tuple(colour) for colour in (pixels(tmp_path / "out.png")[::4, ::4, :3].reshape(-1, 3) * 255).round()}
-    decode, compiling = (0x2F, 0x5D, 0x50), (0xE3, 0xA8, 0x57)
+    decode, compiling = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)
     assert decode in bars and (compiling in bars) == (metrics == METRICS)
 
 
@@ -76,6 +77,45 @@ def test_command_compares_runs(tmp_path):
     done = plot(*runs, "--output", tmp_path / "new" / "all.png")
     assert done.returncode == 0, done.stderr
     assert min(size(tmp_path / "new" / "all.png")) > 800
+
+
+def test_phases_are_the_processes_own_where_they_were_measured():
+    names = ["start", "load", "preprocess", "compile", "prefill", "decode", "write", "other"]
+    ranks = [{name: float(place + rank) for place, name in enumerate(names)} | {"rank": rank} for rank in (0, 1)]
+    assert list(phases(METRICS | {"phases": ranks}).items()) == [(name, at + 0.5) for at, name in enumerate(names)]
+
+
+def test_runs_of_one_name_are_told_by_what_differs_of_their_folders():
+    strong = [Path(f"runs/strong/stage={count}/out.jsonl") for count in (1, 2)]
+    assert _names(strong) == ["stage=1", "stage=2"]
+    assert _names([*strong, Path("runs/weak/stage=1/out.jsonl")]) == [
+        "strong/stage=1",
+        "strong/stage=2",
+        "weak/stage=1",
+    ]
+    assert _names([Path("runs/out.jsonl"), Path("runs/a/out.jsonl")]) == ["runs", "a"]
+    assert _names([Path("a/x.jsonl"), Path("b/y.jsonl")]) == ["x", "y"]
+
+
+def test_eleven_runs_look_different_and_all_stand_in_a_legend_that_is_whole(tmp_path):
+    paths = []
+    for count in range(11):
+        folder = tmp_path / "strong" / f"stage={count},tensor=2,{'a long name ' * 8}-0123456789abcdef"
+        folder.mkdir(parents=True)
+        paths.append(write_run(folder / "out.jsonl", 20 + count))
+    with style.paper():
+        figure = _figure([read_run(path, name) for path, name in zip(paths, _names(paths))])
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        texts = legend.get_texts()
+        assert len(texts) == 11 + 5
+        whole = figure.bbox
+        for each in texts:
+            box = each.get_window_extent()
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+        forms = {(each.get_color(), each.get_marker(), str(each.get_linestyle())) for each in figure.axes[0].lines}
+        assert len(forms) == 11
+        assert min(axes.get_window_extent().height for axes in figure.axes) > 0.8 * 2.2 * figure.dpi / 1.5
 
 
 def test_a_single_result_is_enough(tmp_path):
@@ -118,7 +158,7 @@ def test_without_matplotlib_and_without_jax(tmp_path):
     command = [sys.executable, "-c", program, run, "--output", tmp_path / "x.png"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
-        2, "jaxinfer.plot: error: matplotlib is not installed: pip install matplotlib\n"
+        2, "jaxinfer.plot: error: matplotlib is not installed: pip install -e '.[plot]' brings it\n"
     )  # fmt: skip
 
 
