@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -50,8 +51,8 @@ def _tokens(line: bytes) -> int:
         return 0
 
 
-def follow(job: str, outputs: list[Path], total: int, poll_s: float) -> jobs.State:
-    """Returns the job's last state; one that the queue has forgotten is UNKNOWN."""
+def follow(what: str, look: Callable[[], jobs.State], outputs: list[Path], total: int, poll_s: float) -> jobs.State:
+    """Shows how `what`, a job, gets on, by looking at it every `poll_s` seconds; returns its last state."""
     results = [Results(path) for path in outputs]
     bar: Progress | None = None
     last, failures = jobs.State(""), 0
@@ -59,12 +60,12 @@ def follow(job: str, outputs: list[Path], total: int, poll_s: float) -> jobs.Sta
     try:
         while True:
             try:
-                state, failures = jobs.state(job) or jobs.State(last.name if last.ended else "UNKNOWN"), 0
+                state, failures = look(), 0
             except jobs.SlurmError as error:
                 state, failures = last, failures + 1
                 if failures == QUIET:
                     raise
-                print(f"job {job}: {error}", file=sys.stderr)
+                print(f"{what}: {error}", file=sys.stderr)
             for each in results:
                 each.read()
             before = done, tokens
@@ -75,13 +76,13 @@ def follow(job: str, outputs: list[Path], total: int, poll_s: float) -> jobs.Sta
                 if bar is not None and state.name != "RUNNING":
                     bar.close()
                     bar = None
-                tqdm.write(f"job {job}: {state}", file=sys.stderr)
+                tqdm.write(f"{what}: {state}", file=sys.stderr)
                 sys.stderr.flush()
                 last = state
             if bar is None and state.name == "RUNNING":
                 bar = Progress("results", "lines", total)
                 bar.update(done)
-            if state.ended or state.name == "UNKNOWN":
+            if state.ended:
                 return state
             time.sleep(poll_s)
     finally:

@@ -10,6 +10,7 @@ import yaml
 
 from jaxinfer.checks import check
 
+FOLDER = Path(__file__).resolve().parents[1] / "configs" / "clusters"
 GPU_OPTIONS = ("gres", "gpus-per-node", "gpus-per-task", "none")
 TASKS_PER = ("gpu", "node")
 
@@ -45,6 +46,13 @@ def _choice(default: str, choices: tuple[str, ...], help: str):
     return attrs.field(default=default, validator=validator, metadata={"help": help, "choices": choices})
 
 
+def _check_gpu(instance: Any, field: attrs.Attribute, value: Any) -> None:
+    from jaxinfer.plan.hardware import GPUS  # only where it is asked for
+
+    if value is not None and (not isinstance(value, str) or value not in GPUS):
+        raise ValueError(f"gpu: found {value!r}, legal is null or one of {', '.join(GPUS)}")
+
+
 def _is_env(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name) and isinstance(text, str)
@@ -68,7 +76,12 @@ class Cluster:
     qos: str | None = _optional("quality of service")
     nodes: int = _count(1, 1, "nodes")
     gpus_per_node: int = _count(1, 0, "GPUs of a node; 0 runs on CPUs")
-    gpu_type: str | None = _optional("GPU type, where the cluster wants it named")
+    gpu: str | None = attrs.field(
+        default=None,
+        validator=_check_gpu,
+        metadata={"help": "the GPU in the words of python -m jaxinfer.plan, A100-64"},
+    )
+    gpu_type: str | None = _optional("GPU type, where the cluster wants it named in a job's options")
     gpu_option: str = _choice("gpus-per-node", GPU_OPTIONS, "how to ask for GPUs; none where nodes come whole")
     tasks_per: str = _choice("gpu", TASKS_PER, "one task per GPU or one per node")
     cpus_per_node: int = _count(1, 1, "CPU cores of a node, shared by its tasks")
@@ -119,6 +132,30 @@ class Cluster:
         }[self.gpu_option if self.gpus_per_node else "none"]
         options += [f"--mem={self.memory}", f"--time={self.time}", f"--signal=B:USR1@{self.signal_s}"]
         return options + self.sbatch
+
+
+def find_cluster(text: str) -> Path:
+    """The file of a preset, given by its name or as a file.
+
+    Raises:
+      PresetError: neither; lists the names.
+    """
+    known = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    path = Path(text)
+    if text in known:
+        return known[text]
+    if path.suffix or len(path.parts) > 1 or path.exists():
+        return path
+    near = difflib.get_close_matches(text, known, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise PresetError(f"cluster: unknown {text!r}; {hint}legal: {', '.join(known)}, or a file NAME.yaml")
+
+
+def describe(name: str, cluster: Cluster) -> dict[str, Any]:
+    """What one needs to know to ask for jobs there: fields of the preset, and the tasks that a node gets."""
+    shown = ("about", "gpu", "gpus_per_node", "nodes", "tasks_per_node", "cpus_per_node", "memory", "time")
+    told = {"cluster": name} | {field: getattr(cluster, field) for field in shown}
+    return told if cluster.gpus_per_node else told | {"gpu": None}
 
 
 def read_cluster(path: Path, changes: dict[str, Any]) -> Cluster:

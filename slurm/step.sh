@@ -17,7 +17,7 @@ run_step() {
   local before status
   metrics=${OUTPUT%.jsonl}.metrics.json
   mkdir -p "$LOGS"
-  touch "$LOGS/started"
+  echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" >"$LOGS/started" # where slurm.submit was killed before it had noted it
   before=$(size)
   # srun does not inherit the job's CPUs per task
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append \

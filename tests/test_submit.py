@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_models import make_hf_folder
-from slurm.jobs import _number, last_state
-from slurm.presets import Cluster, PresetError, read_cluster
+from slurm.presets import Cluster, PresetError, find_cluster, read_cluster
 from slurm.shards import ShardError, unfinished
 from slurm_bed import testbed as start_bed
 from slurm_bed import until
@@ -67,11 +66,28 @@ def round_of(model, prompts, folder, *arguments, cluster=GENERIC) -> tuple:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_legal(path):
-    assert read_cluster(path, {}).gpus_per_node
+    assert bool(read_cluster(path, {}).gpus_per_node) == (path.stem != "testbed")
+    assert find_cluster(path.stem) == find_cluster(str(path)) == path
 
 
-def test_there_are_three_presets():
-    assert [path.stem for path in PRESETS] == ["generic", "leonardo-booster", "two-node-t4"]
+def test_there_are_four_presets():
+    assert [path.stem for path in PRESETS] == ["generic", "leonardo-booster", "testbed", "two-node-t4"]
+
+
+def test_show_cluster_is_a_line_of_json(tmp_path):
+    done = run("--show-cluster", "leonardo-booster")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    about = shown.pop("about")
+    assert "A100-64GB" in about and done.stdout.count("\n") == 1
+    assert shown == {
+        "cluster": "leonardo-booster", "gpu": "A100-64", "gpus_per_node": 4, "nodes": 1, "tasks_per_node": 4,
+        "cpus_per_node": 32, "memory": "494000M", "time": "24:00:00",
+    }  # fmt: skip
+    mine = tmp_path / "my cluster.yaml"
+    mine.write_text(LEAST + "gpu: T4\ntasks_per: node\n")
+    shown = json.loads(run("--show-cluster", mine, "--gpus-per-node", "0", "--nodes", "3").stdout)
+    assert shown["cluster"] == "my cluster" and shown["gpu"] is None and shown["nodes"] == 3
 
 
 @pytest.mark.parametrize(
@@ -84,6 +100,8 @@ def test_there_are_three_presets():
         (LEAST + "nodes: true\n", "nodes: found True, legal is a whole number"),
         (LEAST + "qos: 3\n", "qos: found 3, legal is null or a text of one line"),
         (LEAST + "gpu_option: gpu\n", "gpu_option: found 'gpu', legal is gres or gpus-per-node or gpus-per-task or"),
+        (LEAST + "gpu: A100\n", "gpu: found 'A100', legal is null or one of T4, V100-16,"),
+        (LEAST + "gpu: [T4]\n", "gpu: found ['T4'], legal is null or one of T4, V100-16,"),
         (LEAST + "gpus_per_node: 0\n", "tasks_per: found gpu with gpus_per_node 0, legal is node"),
         (LEAST + "gpus_per_node: 4\n", "cpus_per_node: found 1 for 4 tasks"),
         (LEAST + "env: {A: 1}\n", "env: found {'A': 1}, legal is NAME: \"text\" pairs, numbers in quotes"),
@@ -208,11 +226,19 @@ def test_mistakes_about_presets_take_one_line(prompts, tmp_path, arguments, mess
         (("--prompts", "none.jsonl"), "none.jsonl: No such file or directory"),
         (("--prompts", "README.md"), "README.md: the name ends in '.md', legal is .jsonl"),
         (("--cluster", "none.yaml"), "none.yaml: No such file or directory"),
+        (
+            ("--cluster", "leonardo"),
+            "unknown 'leonardo'; did you mean leonardo-booster? legal: generic, leonardo-booster, ",
+        ),
         (("--time", "soon"), "generic.yaml: time: found 'soon', legal is"),
         (("--array", "0"), "--array: found 0, legal is 1 or more"),
         (("--", "--preset", "tiny"), "--preset after --: give it before, or leave it"),
         (("--", "--output", "x"), "--output after --: give it before, or leave it"),
         (("--follow", "none"), "none: submit.json is missing: no job was submitted"),
+        (("--status", "none"), "none: submit.json is missing: no job was submitted"),
+        (("--collect", "none"), "none: submit.json is missing: no job was submitted"),
+        (("--show-cluster", "none"), "cluster: unknown 'none'; legal: generic, "),
+        (("--collect", "none", "--follow", "none"), "--follow: not allowed with argument --collect"),
     ],
 )
 def test_mistakes_take_one_line(model, prompts, tmp_path, change, message):
@@ -225,22 +251,6 @@ def test_mistakes_take_one_line(model, prompts, tmp_path, change, message):
 def test_works_without_jax():
     program = "import sys, slurm.submit, slurm.shards, jaxinfer.plot; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
-
-
-def test_last_state_is_that_of_the_last_attempt():
-    def records(*rows: str) -> list[dict[str, str]]:
-        return [dict(zip(("JobID", "State"), row.split("|"))) for row in rows]
-
-    requeued = records("20|REQUEUED", "20.0|COMPLETED", "20|REQUEUED", "20|COMPLETED", "20.batch|COMPLETED")
-    assert last_state(requeued).name == "COMPLETED"
-    assert last_state([*requeued, *records("20|CANCELLED by 0", "20.0|COMPLETED")]).name == "CANCELLED"
-    array = last_state(
-        records("7_0|COMPLETED", "7_[3-4,8%2]|CANCELLED by 0", "7_1|FAILED", "7_1.batch|FAILED", "7_2|COMPLETED")
-    )
-    assert str(array) == "FAILED (2 COMPLETED, 1 FAILED, 3 CANCELLED)"
-    assert {task: state.name for task, state in array.failed.items()} == {
-        1: "FAILED", 3: "CANCELLED", 4: "CANCELLED", 8: "CANCELLED"
-    }  # fmt: skip
 
 
 def test_unfinished_shards(tmp_path):
@@ -260,14 +270,6 @@ def test_unfinished_shards(tmp_path):
     parts[0].write_text("surely not\n")
     with pytest.raises(ShardError, match=r"0\.jsonl, line 1: not a result"):
         unfinished(prompts, parts)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("", None), ("0", 0), ("37", 37), ("1200K", 1228800), ("1.50M", 1572864), ("2G", 1 << 31), ("a lot", "a lot")],
-)
-def test_numbers_of_the_accounting(text, number):
-    assert _number(text) == number
 
 
 # ---- whole rounds
@@ -306,11 +308,15 @@ def test_whole_round(bed, submit, tmp_path):
     assert {path.name for path in (tmp_path / "run" / "logs").glob("rank-*")} == {"rank-0-node1.log"}
     assert ids(tmp_path / "run" / "out.jsonl") == list(range(1, 9))
     job = json.loads((tmp_path / "run" / "submit.json").read_text())["job"]
-    records = json.loads((tmp_path / "run" / "sacct.json").read_text())
-    assert [record["JobID"] for record in records] == [job, f"{job}.batch", f"{job}.0"]
-    assert all(record["State"] == "COMPLETED" and record["ElapsedRaw"] > 0 for record in records)
-    assert all(isinstance(record["CPUTimeRAW"], int) for record in records)
-    assert (records[2]["MaxRSS"] or 1 << 21) > 1 << 20, "bytes, where Slurm looked before the step ended"
+    accounted = json.loads((tmp_path / "run" / "sacct.json").read_text())
+    records = accounted["records"]
+    assert [record["id"] for record in records] == [job, f"{job}.batch", f"{job}.0"]
+    assert all(record["state"] == "COMPLETED" and record["elapsed_s"] > 0 for record in records)
+    assert all(record["nodes"] == ["node1"] and record["energy_j"] is None for record in records)
+    assert records[2]["cpu_s"] > 1 and records[0]["cpu_s"] >= records[2]["cpu_s"]
+    assert (records[2]["max_rss_bytes"] or 1 << 27) > 1 << 26, "where Slurm looked before the step ended"
+    figures = {name: records[0][name] for name in ("elapsed_s", "cpu_s", "allocated_cpu_s", "energy_j")}
+    assert accounted.items() >= {"job": job, "state": "COMPLETED", **figures}.items()
     assert (tmp_path / "run" / "out.png").read_bytes().startswith(b"\x89PNG")
     # the same command once more: nothing is left to do
     assert "is complete" in submit(tmp_path / "run", "--", "--max-new-tokens", "10")
@@ -327,15 +333,37 @@ def test_whole_round_of_a_preset(bed, prompts, tmp_path):
     bed.clear()
 
 
+def ask(bed, *arguments, status=0) -> dict:
+    """The line of JSON that the command prints."""
+    done = bed.run(command(*arguments), cwd=ROOT)
+    assert done.returncode == status and done.stdout.count("\n") == 1, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_array(bed, submit, tmp_path):
-    submit(tmp_path / "run", "--array", "2")
-    assert [json.loads(line)["id"] for line in open(tmp_path / "run" / "out.jsonl")] == [str(i) for i in range(1, 9)]
-    assert ids(tmp_path / "run" / "parts" / "0.jsonl") == [1, 3, 5, 7]
-    assert (tmp_path / "run" / "out.png").exists()
-    records = json.loads((tmp_path / "run" / "sacct.json").read_text())
-    assert len([record for record in records if re.fullmatch(r"\d+_[01]", record["JobID"])]) == 2
+def test_array_submitted_watched_and_collected_in_steps(bed, model, prompts, tmp_path):
+    folder = tmp_path / "a run"
+    known = ask(bed, *round_of(model, prompts, folder, *CPU, "--array", "2", "--no-follow"))
+    assert known == {"job": known["job"], "run": str(folder)}
+    assert not (folder / "sacct.json").exists()
+    done = bed.run(command("--collect", folder), cwd=ROOT)
+    assert done.returncode == 2 and f"job {known['job']} is " in done.stderr and "nothing to collect yet" in done.stderr
+    found = ask(bed, "--status", folder)
+    assert found["state"] in ("PENDING", "RUNNING", "CONFIGURING") and found["ended"] is False, found
+    assert found["job"] == known["job"] and found["expected"] == 8
+    while not (found := ask(bed, "--status", folder))["ended"]:
+        pass
+    assert found["state"] == "COMPLETED" and found["results"] == 8
+    done = bed.run(command("--collect", folder), cwd=ROOT)
+    assert done.returncode == 0 and "is complete" in done.stderr and not done.stdout, done.stderr
+    assert [json.loads(line)["id"] for line in open(folder / "out.jsonl")] == [str(i) for i in range(1, 9)]
+    assert ids(folder / "parts" / "0.jsonl") == [1, 3, 5, 7]
+    assert (folder / "out.png").exists()
+    accounted = json.loads((folder / "sacct.json").read_text())
+    assert len([record for record in accounted["records"] if re.fullmatch(r"\d+_[01]", record["id"])]) == 2
+    assert accounted["job"] == known["job"] and accounted["cpu_s"] > 2
+    bed.clear()
 
 
 @pytest.mark.slurm
@@ -391,7 +419,11 @@ def test_leaves_the_job_and_comes_back(bed, submit, model, prompts, tmp_path):
     job = json.loads((folder / "submit.json").read_text())["job"]
     assert client.returncode == 130
     assert f"job {job} goes on. Follow it: python -m slurm.submit --follow {folder}   end it: scancel {job}" in said
+    # as if it had been killed before it had noted the job
+    told = json.loads((folder / "submit.json").read_text())
+    (folder / "submit.json").write_text(json.dumps(told | {"job": None}))
     assert f"job {job} is RUNNING" in submit(folder, status=2)
+    assert ask(bed, "--status", folder)["job"] == job
     done = bed.run(command("--follow", folder, "--poll-s", "0.3"), cwd=ROOT, timeout=60)
     assert done.returncode == 0 and f"job {job} is complete" in done.stderr
     assert ids(folder / "out.jsonl") == list(range(1, 9))
