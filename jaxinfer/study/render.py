@@ -1,104 +1,133 @@
-"""Looks at this process's GPUs ten times a second while it works: samples to a file, a summary at the end."""
+"""How a table is written: CSV with all digits, Markdown with three and the definitions below."""
 
-import threading
-import time
-from collections.abc import Sequence
-from pathlib import Path
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxinfer.telemetry.energy import difference
-from jaxinfer.telemetry.gpu_summary import summaries
-from jaxinfer.telemetry.nvml import Gpu
-from jaxinfer.telemetry.rapl import Rapl
-from jaxinfer.telemetry.samples import Part, Sample, read_samples
+import attrs
 
-PERIOD_S = 0.1
-RAPL_S = 1.0
-STOP_S = 5.0  # for a question to the driver to be answered
+from jaxinfer.study.columns import COLUMNS, NONE, SPREAD, Column
+from jaxinfer.study.results import Spread, number
+
+SHOWN_LETTERS, SHOWN_ROWS = 160, 20  # of a note, of a table besides
+RANGES = (
+    "A figure with brackets is the median of the repeats, with the least and the most; a ratio's range is what these "
+    "allow. Phases are means of the processes. – was not measured."
+)
+COMPARED = ("speedup", "efficiency_percent", "weak_efficiency_percent", "scaled_speedup", "batch_efficiency_percent",
+            "ratio", "of_best_percent")  # fmt: skip
+REFUSED = {COLUMNS[name].head for name in COMPARED}
 
 
-class Monitor:
-    """A thread that samples `gpus`, from now to `stop`. Nearly all the time it sleeps or waits in NVML, without
-    Python's lock. Whatever goes wrong ends the samples, never the run, and `failed` says what it was.
+@attrs.frozen
+class Table:
+    """Rows of figures by the columns' names; `sections` are how Markdown cuts the columns, `notes` stand under it."""
 
-    Args:
-      part: the file that it writes.
-      rank, host: of this process.
-      zero: where `Sample.time_s` begins, as ``time.perf_counter`` of this process.
-      rapl: of this host, where this process is the one that reads it.
-    """
+    name: str
+    title: str
+    columns: Mapping[str, Column]
+    rows: Sequence[Mapping[str, Any]]
+    sections: Sequence[tuple[str, Sequence[str]]]
+    csv_columns: Sequence[str]
+    notes: Sequence[str] = ()
 
-    def __init__(self, gpus: Sequence[Gpu], part: Path, rank: int, host: str, zero: float, rapl: Rapl | None = None):
-        self.gpus, self.part = list(gpus), part
-        self.failed: str | None = None
-        self._place = rank, host
-        self._zero, self._rapl = zero, rapl
-        self._peaks: dict[int, int] = {}
-        self._looked: list[tuple[float, float]] = []  # at RAPL: when, and joules so far
-        self._window: tuple[float, float] | None = None
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
-        self._thread.start()
 
-    def window(self, began: float, ended: float) -> None:
-        """What the summary is of; both as ``time.perf_counter``. The samples go on to `stop`."""
-        self._window = began - self._zero, ended - self._zero
+def as_csv(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = []
+    for name in table.csv_columns:
+        names += [name, f"{name}_least", f"{name}_most"] if _has_range(table, name) else [name]
+    writer.writerow([name.removeprefix("x_") for name in names])
+    for row in table.rows:
+        line: list[Any] = []
+        for name in table.csv_columns:
+            value = row.get(name)
+            if _has_range(table, name):
+                line += attrs.astuple(value) if isinstance(value, Spread) else (value, None, None)
+            else:
+                line.append(value)
+        writer.writerow([_exact(each) for each in line])
+    return text.getvalue()
 
-    def peaks(self) -> dict[int, int]:
-        """Most memory that was in use on each device, in bytes, by whomever; by the number that CUDA gives it."""
-        return dict(self._peaks)
 
-    def stop(self) -> None:
-        """Takes a last sample and closes the file."""
-        self._ends.set()
-        self._thread.join(STOP_S)
-        if self._thread.is_alive():
-            self.failed = f"NVML did not answer for {STOP_S:g} s"
+def _has_range(table: Table, name: str) -> bool:
+    return name in SPREAD and table.columns[name] is COLUMNS[name]
 
-    def result(self) -> dict[str, Any]:
-        """After `stop`, as JSON: ``gpus`` (see `summaries`) and ``rapl_j`` of the window, ``failed``."""
-        assert self._window is not None
-        names, found = {gpu.uuid: gpu.name for gpu in self.gpus}, []
-        try:
-            found = summaries(read_samples(self.part), names, *self._window)
-        except OSError as error:
-            self.failed = self.failed or f"{self.part}: {error.strerror}"
-        rapl = difference(*zip(*self._looked), *self._window) if self._looked else None
-        return {"gpus": found, "rapl_j": rapl, "failed": self.failed}
 
-    def _work(self) -> None:
-        try:
-            part = Part(self.part)
-            try:
-                self._sample(part)
-            finally:
-                part.close()
-        except Exception as error:  # an uncaught one in a thread would end the process
-            self.failed = f"{type(error).__name__}: {error}"
+def _exact(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format(value, ".12g") if isinstance(value, float) else value
 
-    def _sample(self, part: Part) -> None:
-        due = time.perf_counter()
-        last = False
-        while not last:
-            last = self._ends.wait(max(0.0, due - time.perf_counter()))
-            part.add([self._look(gpu) for gpu in self.gpus])
-            now = time.perf_counter()
-            if self._rapl is not None and (last or not self._looked or now - self._zero - self._looked[-1][0] > RAPL_S):
-                self._look_at_rapl(now)
-            due = max(due + PERIOD_S, now)  # what was missed, in a process that was stopped, is not made up for
 
-    def _look(self, gpu: Gpu) -> Sample:
-        now = time.perf_counter()
-        found = gpu.look(now)
-        used = found.get("memory_used_bytes")
-        if used is not None:
-            self._peaks[gpu.device] = max(used, self._peaks.get(gpu.device, 0))
-        return Sample(now - self._zero, *self._place, gpu.index, gpu.uuid, **found)
+def as_markdown(tables: Sequence[Table], measured_on: Sequence[str]) -> str:
+    """A page of an experiment's table, with the others of it behind its figures."""
+    main, *others = tables
+    parts = [f"# {main.title} ({main.name})\n"]
+    for title, names in main.sections:
+        parts += [f"## {title}\n"] if title else []
+        parts.append(_markdown(main, names, main.rows))
+        if not title:
+            parts += [bullets(main.notes)] if main.notes else []
+            parts += [part for table in others for part in _second(table)]
+    parts.append("## Definitions\n")
+    parts.append(RANGES + "\n")
+    shown = dict.fromkeys(name for _, names in main.sections for name in names)
+    parts.append(bullets(_define(main.columns, shown)))
+    parts.append("## Measured on\n")
+    parts.append(bullets(measured_on))
+    return "\n".join(parts)
 
-    def _look_at_rapl(self, now: float) -> None:
-        joules = self._rapl.joules() if self._rapl is not None else None
-        if joules is None:
-            self._rapl = None  # as a whole or not at all
-            self._looked.clear()
-        else:
-            self._looked.append((now - self._zero, joules))
+
+def _second(table: Table) -> list[str]:
+    if not table.rows:
+        return [f"{table.title}: none.\n"]
+    shown = table.rows[:SHOWN_ROWS]
+    rest = len(table.rows) - len(shown)
+    parts = [f"## {table.title}\n", _markdown(table, list(table.columns), shown)]
+    parts += [f"and {rest:,} more in {table.name}.csv\n"] if rest else []
+    return [*parts, bullets(_define(table.columns, table.columns))]
+
+
+def _define(columns: Mapping[str, Column], names: Iterable[str]) -> list[str]:
+    return [f"**{columns[name].head}**: {columns[name].text}" for name in names]
+
+
+def _markdown(table: Table, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = [table.columns[name] for name in names]
+    lines = [[column.head for column in columns], ["---:" if _is_numeric(column) else "---" for column in columns]]
+    lines += [[_shown(row.get(name), column, row) for name, column in zip(names, columns)] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _is_numeric(column: Column) -> bool:
+    return column.form is not str
+
+
+def _shown(value: Any, column: Column, row: Mapping[str, Any]) -> str:
+    if column is COLUMNS["note"]:
+        return plain(str(value or ""))
+    if value is None or value == "":
+        return "refused" if column.head in REFUSED and "refused" in str(row.get("note")) else NONE
+    if isinstance(value, Spread):
+        middle = column.form(value.median)
+        if value.least is None or value.most is None:
+            return middle
+        return f"{middle} ({column.form(value.least)} to {column.form(value.most)})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return plain(str(value)) if column.form is str or number(value) is None else column.form(value)
+
+
+def plain(text: str) -> str:
+    text = " ".join(text.split())
+    text = text if len(text) <= SHOWN_LETTERS else text[: SHOWN_LETTERS - 1] + "…"
+    return text.replace("|", "\\|")
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
