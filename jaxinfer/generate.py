@@ -25,7 +25,7 @@ from jaxinfer.outputs import OutputError, Writer, prepare, take_back
 from jaxinfer.process.agree import same_everywhere
 from jaxinfer.process.errors import memory, usage
 from jaxinfer.process.join import join, leave
-from jaxinfer.process.model import choose_mesh, find_manifest, load_model
+from jaxinfer.process.model import choose_layers, choose_mesh, find_manifest, load_model
 from jaxinfer.process.parse import parse_together
 from jaxinfer.process.run import Run, find_process, start
 from jaxinfer.screen import escape_unencodable
@@ -65,7 +65,8 @@ input lines (.jsonl):
 output lines:
   id, index (0 to n-1), text, token_ids, finish_reason (stop or length), limit (of a length: max_new_tokens, or
   context where the model has no room for so many), prompt_tokens, completion_tokens, ttft_s, latency_s, and logprobs
-  where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command) and OUT.metrics.json. A pipe
+  where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command), OUT.metrics.json, and OUT.profile.json
+  of --profile (where each device's time went). A pipe
   or a device (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
   Logits that are NaN or infinite end a sample, no other, as {"id": ..., "index": ..., "error": ...};
   the next run of the same command tries it again, and with another --dtype and --resume-anyway those alone.
@@ -234,12 +235,13 @@ def _begin(
         same_everywhere(hosts, "checkpoint", checkpoint.digest())
         same_everywhere(hosts, "prompts or options", _digest(args, records))
         mesh = choose_mesh(run, manifest.model, hosts)
+        flags = {name: value for name, value in vars(args).items() if value is not None}
+        cut_from = choose_layers(run, manifest, mesh)
     if args.output is None:
         return set(), None
     settings = {"model": checkpoint.hexdigest(), "dtype": args.dtype or manifest.dtype, "max_context": args.max_context}
     settings["load_format"] = args.load_format
-    flags = {name: value for name, value in vars(args).items() if value is not None}
-    described = describe_run(__version__, flags, mesh, hosts)
+    described = describe_run(__version__, flags, mesh, hosts) | {"stage_layers_from": cut_from}
     answer: dict[str, Any] = {}
     writer = None
     if run.first:  # one process decides: on a shared file system the others may see an older file
@@ -263,10 +265,12 @@ def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -
     """Of all by which the processes must agree."""
     import xxhash
 
+    from jaxinfer.engine.cut import identity
     from jaxinfer.outputs import prompt_hash
 
     own = ("process_id", "prompts", "model", "output", "compile_cache")  # paths may be spelt differently on each node
-    parts = [repr(sorted((key, value) for key, value in vars(args).items() if key not in own))]
+    flags = vars(args) | {"stage_layers": identity(args.stage_layers)}
+    parts = [repr(sorted((key, value) for key, value in flags.items() if key not in own))]
     parts += [f"{each.id}\0{prompt_hash(each) if isinstance(each, InputRecord) else ''}" for each in records]
     return xxhash.xxh3_128_digest("\n".join(parts).encode())
 
@@ -274,6 +278,7 @@ def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -
 def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: Writer | None) -> None:
     """Loads the model, runs the records, writes what comes of them; a bad record gives way to its error in `todo`."""
     from jaxinfer.batch import run_batch
+    from jaxinfer.profiled import conclude
     from jaxinfer.telemetry.metrics import show
     from jaxinfer.telemetry.profile import Profile
 
@@ -303,10 +308,10 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: W
         with usage():
             profile = Profile(Path(args.profile), *args.profile_steps, run.rank)
     summary = run_batch(llm, requests, run.life, writer, run.first, shows, counts, profile)
+    if profile is not None:
+        summary |= conclude(run, profile, llm.engine, writer)
     if run.first:
         show(summary, counts)
-    if profile is not None:
-        _show_profile(run, profile, llm.engine)
     if failed := summary["failed"]:
         told = f"{failed:,} of {summary['samples']:,} samples ended with an error; {summary['first_failure']}"
         if failed == summary["samples"] and not summary["stopped_by"]:
@@ -315,22 +320,6 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: W
     if summary["stopped_by"]:
         left = f"{summary['unfinished']:,} of {len(requests):,} requests are left"
         run.say(f"stopped by {summary['stopped_by']}: {left}; the same command does the rest")
-
-
-def _show_profile(run: Run, profile: Any, engine: Any) -> None:
-    from jaxinfer.telemetry.breakdown import show
-
-    first, last = run.args.profile_steps
-    if not profile.traced:
-        run.say(f"WARNING: nothing was traced: the run had {engine.steps} steps, --profile-steps begins at {first}")
-        return
-    run.life.beat("profile")
-    own = profile.devices(engine.mesh)
-    run.life.beat("profile", 1, True)
-    devices = [each for devices in distributed.everyone(own) for each in devices]
-    if run.first:
-        show(devices, f"profile of steps {first} to {last}")
-    run.say(f"traces: tensorboard --logdir {run.args.profile}")
 
 
 def _write_errors(run: Run, todo: list[InputRecord | InputError], writer: Writer | None) -> None:

@@ -15,6 +15,7 @@ from jaxinfer.checkpoint.manifest import Manifest, WithoutChecksums, read_manife
 from jaxinfer.cluster.cpu import check_thread_pool, use_virtual_devices
 from jaxinfer.compile_cache import use_compile_cache
 from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.cut import choose_cut
 from jaxinfer.engine.device import claim_memory
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.params import SamplingParams
@@ -22,7 +23,6 @@ from jaxinfer.engine.prompt import shown
 from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.inputs import InputRecord, parse_record, prompt_fields, record_id, token_ids
 from jaxinfer.parallel.axes import parse_mesh
-from jaxinfer.parallel.stages import parse_stage_layers
 from jaxinfer.telemetry.progress import Progress
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -91,7 +91,8 @@ class LLM:
         published model: ``load_preset("falcon-40b").manifest`` (`jaxinfer.presets`).
       mesh: sizes of the axes ``stage``, ``data``, ``tensor``, as text or mapping; one left out is 1.
       dtype: of weights, activations and cache; the checkpoint's if None.
-      stage_layers: layers per stage, as ``7,7,6,6`` or a sequence; balanced if None.
+      stage_layers: layers per stage, as ``7,7,6,6`` or a sequence, or ``measured:OUT.profile.json`` (`choose_cut`);
+        balanced if None.
       cpu_devices: run on this many virtual CPU devices.
       compile_cache: folder that keeps compiled programs for later runs, or ``none``; ``~/.cache/jaxinfer/xla`` on GPUs
         if None (see `use_compile_cache`).
@@ -128,7 +129,7 @@ class LLM:
         if stage_layers is not None:
             text = stage_layers if isinstance(stage_layers, str) else ",".join(map(str, stage_layers))
             manifest = checkpoint if isinstance(checkpoint, Manifest) else read_manifest(checkpoint)
-            stage_layers = parse_stage_layers(text, manifest.model["num_layers"], sizes["stage"])
+            stage_layers = choose_cut(text, manifest.model, sizes, dtype or manifest.dtype).stage_layers
         config = EngineConfig(mesh=sizes, dtype=dtype, stage_layers=stage_layers, **options)
         if cpu_devices is not None:
             use_virtual_devices(cpu_devices)

@@ -119,7 +119,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     what = "make the weights on the devices, at random: to measure speed without reading any"
     load = {"dest": "load_format", "action": "store_const", "const": "dummy", "default": config.load_format}
     group.add_argument("--random-weights", help=what, **load)
-    group.add_argument("--stage-layers", metavar="N,N,...", help="layers per stage (default: balanced)")
+    what = "layers per stage, or measured:OUT.profile.json for the best cut by the layers' times there (default: even)"
+    group.add_argument("--stage-layers", metavar="N,N,...", help=what)
     for name, what in (
         ("max_batch", "most sequences in work at once, per data shard (default: 64; with kernels up to 1024)"),
         ("page_size", "tokens per cache page"),

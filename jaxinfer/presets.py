@@ -13,12 +13,11 @@ from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checks import check
 from jaxinfer.engine.config import DTYPES
 from jaxinfer.engine.costs import count_parameters
-from jaxinfer.models.config import ConfigError, ModelConfig
+from jaxinfer.models.config import WHEN_TO_STOP, ConfigError, ModelConfig
 from jaxinfer.models.families import from_hf
 from jaxinfer.parallel.axes import parse_mesh
 
 FOLDER = Path(__file__).parents[1] / "configs" / "models"
-WHEN_TO_STOP = ("bos_token_id", "eos_token_ids")  # generation_config.json and fine-tuning change them
 
 
 class PresetError(ValueError):

@@ -283,7 +283,7 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     first, second = pair("--profile", profile, "--profile-steps", "3:5")
     assert len(list(profile.glob("rank-*/**/*.xplane.pb"))) == 2
     # stage, rank and device of a row, then times: both processes are in the table that process 0 shows
-    rows = re.findall(r"^ +(\d) +(\d) +(\d)( +[\d.]+){6} +[\d,]+ *$", first, re.MULTILINE)
+    rows = re.findall(r"^ +(\d) +(\d) +(\d)( +[\d.]+){7} +[\d,]+ *$", first, re.MULTILINE)
     assert {row[1] for row in rows} == {"0", "1"} and "profile of steps" not in second
     assert tokens(out) == one
     assert "output tokens/s" in first and "output tokens/s" not in second

@@ -57,7 +57,7 @@ def test_summary_of_two_requests_one_with_two_samples():
     assert table["requests"] == "2 (3 samples)"
     assert table["ended by a limit"] == "2 by max_new_tokens, 1 by context"
     assert table["bad lines"] == "1" and "already finished" not in table
-    assert table["pipeline bubble"] == "25.0% of stage-ticks idle, 0.0% in steady decode"
+    assert table["bubble in ticks"] == "25.0% of stage-ticks empty, 0.0% in steady decode"
     assert table["decode bandwidth"] == "1,200.0 GB/s per device, 25.0% of 4,800 GB/s"
     assert "3 programs" in table["wall time"]
     assert table["load"] == "6.853 GB in 1.25 s (5.5 GB/s)"

@@ -12,6 +12,7 @@ from hf_models import make_hf_folder
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Request
 from jaxinfer.telemetry.breakdown import breakdown, left_out, show
+from jaxinfer.telemetry.devices import own_devices
 from jaxinfer.telemetry.hlo import Instruction, Program
 from jaxinfer.telemetry.profile import Profile
 from jaxinfer.telemetry.xplane import Span, read
@@ -32,9 +33,9 @@ def test_each_nanosecond_counts_once():
     found = breakdown(spans, 1, {})
     assert set(found) == {"prefill", "decode"} and found["prefill"]["compute"] == pytest.approx(0.1)
     decode = found["decode"]
-    times = {name: decode[name] * 1e3 for name in ("compute", "communication", "hidden", "launch", "idle")}
-    assert times == pytest.approx({"compute": 65, "communication": 30, "hidden": 10, "launch": 5, "idle": 150})
-    parts = {name: [time * 1e3 for time in times] for name, times in decode["parts"].items()}
+    times = {name: decode[name] * 1e3 for name in ("compute", "unhidden", "hidden", "launch", "idle")}
+    assert times == pytest.approx({"compute": 65, "unhidden": 30, "hidden": 10, "launch": 5, "idle": 150})
+    parts = {name: [time * 1e3 for time in times.values()] for name, times in decode["parts"].items()}
     assert parts["paged_attention"] == pytest.approx([50, 0]) and parts["attention"] == pytest.approx([0, 40])
     assert parts["mlp"] == pytest.approx([10, 0]) and parts["other"] == pytest.approx([5, 0])
 
@@ -78,9 +79,9 @@ def test_a_gpus_trace(tmp_path):
     ((device, spans),) = read(tmp_path / "a.xplane.pb").devices.items()
     decode = breakdown(spans, 1, {})["decode"]
     assert device == 3 and decode["steps"] == 1 and decode["kernels"] == 2
-    times = [decode[name] * 1e3 for name in ("compute", "communication", "hidden", "launch", "idle")]
+    times = [decode[name] * 1e3 for name in ("compute", "unhidden", "hidden", "launch", "idle")]
     assert times == pytest.approx([50, 20, 10, 0, 0])
-    assert decode["parts"] == {"mlp": [pytest.approx(0.05), pytest.approx(0.03)]}
+    assert decode["parts"] == {"mlp": {"compute": pytest.approx(0.05), "communication": pytest.approx(0.03)}}
 
 
 def test_an_h200s_trace(capsys, monkeypatch):
@@ -96,7 +97,7 @@ def test_an_h200s_trace(capsys, monkeypatch):
         assert kernels["custom-call", f"{layer}/attention"] == kernels["custom-call", f"{layer}/mlp"] == times  # cuBLAS
         assert kernels["pallas_call", f"{layer}/attention/paged_attention/decode_attention"] == times
     assert kernels["gemm_fusion_dot_general", "head"] == 2
-    parts = {name: compute for name, (compute, _) in found["decode"]["parts"].items()}
+    parts = {name: times["compute"] for name, times in found["decode"]["parts"].items()}
     assert sum(parts.values()) == pytest.approx(
         found["decode"]["compute"], rel=0.05
     )  # a kernel begins before others end
@@ -147,17 +148,21 @@ def test_a_real_trace(tmp_path, capsys):
         engine.step()
     profile.finish(engine.wait)
     assert len(list((tmp_path / "traces" / "rank-3").rglob("*.xplane.pb"))) == 1
-    devices = profile.devices(engine.mesh)
+    (window,) = profile.windows
+    devices = own_devices(window.folder, engine.mesh, 3, lambda value: [value])
     assert [(each["rank"], each["device"], each["stage"]) for each in devices] == [(3, n, n // 2) for n in range(4)]
     for each in devices:
         decode = each["programs"]["decode"]
         assert decode["steps"] == 3 * 4  # three dispatches
-        assert min(decode[name] for name in ("compute", "communication", "kernels")) > 0
-        computing = {name for name, (compute, _) in decode["parts"].items() if compute}
-        communicating = {name for name, (_, communication) in decode["parts"].items() if communication}
+        assert min(decode[name] for name in ("compute", "transfer", "kernels")) > 0
+        assert decode["transfer"] + decode["waiting"] == pytest.approx(decode["unhidden"])
+        computing, communicating = (
+            {name for name, times in decode["parts"].items() if times[kind]} for kind in ("compute", "communication")
+        )
         assert computing >= {"attention", "paged_attention", "mlp", "head", "sample", "embed"}
         assert communicating >= {"attention", "mlp", "embed"} and "paged_attention" not in communicating
-        assert sum(map(sum, decode["parts"].values())) > 0.99 * (decode["compute"] + decode["communication"])
+        in_parts = sum(sum(times.values()) for times in decode["parts"].values())
+        assert in_parts > 0.99 * (decode["compute"] + decode["unhidden"])
     ((newest,), mesh) = (tmp_path / "traces" / "rank-3").rglob("*.xplane.pb"), engine.mesh
     for spans in read(newest).devices.values():  # what is there says the same as the count of the host
         assert breakdown(spans, mesh.shape["stage"], {})["decode"]["steps"] == 3 * 4

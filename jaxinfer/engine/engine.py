@@ -305,9 +305,8 @@ class Engine:
         return self._runner.programs.compiled()
 
     def wait(self) -> None:
-        """Until the devices have done what was enqueued."""
-        for _, result, _ in self._in_flight:
-            result.read()
+        """Until the devices, all of this process, have done what was enqueued."""
+        self._runner.wait()
 
     def _read(self, dispatch: PrefillTick | DecodeBlock, result: Result, dispatched: float) -> list[Update]:
         self._beat(_phase(dispatch), self.steps, True)

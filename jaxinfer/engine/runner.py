@@ -78,6 +78,10 @@ class Runner:
         self._params = params if self._peers is None else params | {"peers": self._peers}
         self._make_state()
 
+    def wait(self) -> None:
+        """Until each device of this process has done what was enqueued; a result is read from one of them."""
+        jax.block_until_ready(self._state)
+
     def reset(self) -> None:
         """Forgets all sequences, and what was dispatched."""
         self._owners, self._on_device = {}, None

@@ -17,6 +17,7 @@ MOST_LAYERS = 1000  # what is made per layer is made before a tensor is looked a
 LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 # what Hugging Face calls the same functions elsewhere
 SAME_ACTIVATION = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
+WHEN_TO_STOP = ("bos_token_id", "eos_token_ids")  # generation_config.json and fine-tuning change them
 
 
 class ConfigError(ValueError):

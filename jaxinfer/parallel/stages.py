@@ -1,5 +1,9 @@
 """Which layers each pipeline stage holds."""
 
+from collections.abc import Sequence
+from itertools import accumulate
+from math import inf
+
 from jaxinfer.parallel.axes import LayoutError
 
 
@@ -41,6 +45,34 @@ def check_stage_layers(counts: tuple[int, ...], layers: int, stages: int) -> Non
         raise LayoutError(f"stage-layers: {counts} gives {len(counts)} stages, the mesh has stage={stages}")
     if sum(counts) != layers:
         raise LayoutError(f"stage-layers: {counts} adds up to {sum(counts)} layers, the model has {layers}")
+
+
+def fastest(times: Sequence[float], ends: Sequence[float]) -> tuple[int, ...]:
+    """The cut whose slowest stage is fastest: `times` of the layers in their order, `ends` what each stage does beside
+    layers. By dynamic programming over (stages so far, layers so far), S L^2 steps.
+
+    Raises:
+      LayoutError: more stages than layers.
+    """
+    layers, stages = len(times), len(ends)
+    balance(layers, stages)
+    before = [0.0, *accumulate(times)]
+    worst = [0.0] + [inf] * layers  # of the stages so far, by how many layers they hold
+    cuts: list[list[int]] = []
+    for stage, end in enumerate(ends):
+        chosen, lowest = [0] * (layers + 1), [inf] * (layers + 1)
+        for held in range(stage + 1, layers - (stages - stage - 1) + 1):
+            for start in range(stage, held):
+                slowest = max(worst[start], before[held] - before[start] + end)
+                if slowest < lowest[held]:
+                    chosen[held], lowest[held] = start, slowest
+        worst = lowest
+        cuts.append(chosen)
+    found, held = [], layers
+    for chosen in reversed(cuts):
+        found.append(held - chosen[held])
+        held = chosen[held]
+    return tuple(reversed(found))
 
 
 def slots(stage_layers: tuple[int, ...]) -> list[tuple[int | None, ...]]:

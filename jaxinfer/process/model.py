@@ -52,6 +52,24 @@ def choose_mesh(run: Run, model: dict[str, Any], hosts: list[str]) -> dict[str, 
     return parse_mesh(args.mesh)
 
 
+def choose_layers(run: Run, manifest: Any, sizes: dict[str, int]) -> dict[str, Any] | None:
+    """A measured --stage-layers becomes the layers of each stage; what it comes from, for the run's file.
+
+    Raises:
+      ValueError: no such cut (`choose_cut`).
+    """
+    from jaxinfer.engine.cut import choose_cut
+
+    args = run.args
+    if args.stage_layers is None:
+        return None
+    cut = choose_cut(args.stage_layers, manifest.model, sizes, args.dtype or manifest.dtype)
+    if cut.source is not None:
+        args.stage_layers = ",".join(map(str, cut.stage_layers))
+        run.say(cut.told())
+    return cut.source
+
+
 def load_model(run: Run, meanwhile: Callable[[Any], None]) -> Any:
     """The `LLM` with its weights, by the options of `add_engine_options`; while they load, under a bar and with signs
     of life, `meanwhile` is called with it.

@@ -132,7 +132,8 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
         ("TTFT in ms", _latency(summary["ttft_s"])),
         ("TPOT in ms", _latency(summary["tpot_s"])),
         ("ITL in ms", _latency(summary["itl_s"])),
-        ("pipeline bubble", _percent(summary["bubble_share"], summary["steady_bubble_share"])),
+        ("bubble in ticks", _percent(summary["bubble_share"], summary["steady_bubble_share"])),
+        *_of_profile(summary),
         ("decode bandwidth", _bandwidth(summary)),
         ("preemptions", f"{engine['preemptions']:,}"),
         ("load", _load(summary)),
@@ -146,10 +147,19 @@ def _latency(values: Mapping[str, float] | None) -> str:
     return ", ".join(f"{name} {values[name] * 1e3:,.1f}" for name in ("mean", "p50", "p90", "p99"))
 
 
+def _of_profile(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `profiled.conclude` adds where a run was traced."""
+    time, imbalance = summary.get("bubble_time"), summary.get("imbalance")
+    lines = [] if time is None else [("bubble in time", f"{time:.1%} of traced decode waiting or idle")]
+    if imbalance is not None:
+        lines.append(("imbalance", f"{imbalance:.1%} of stages' computing in traced decode (1 - mean / max)"))
+    return lines
+
+
 def _percent(share: float | None, steady: float | None) -> str:
     if share is None:
         return "-"
-    return f"{share:.1%} of stage-ticks idle" + ("" if steady is None else f", {steady:.1%} in steady decode")
+    return f"{share:.1%} of stage-ticks empty" + ("" if steady is None else f", {steady:.1%} in steady decode")
 
 
 def _load(summary: Mapping[str, Any]) -> str:

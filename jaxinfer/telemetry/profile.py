@@ -1,11 +1,20 @@
-"""An XLA trace of some steps of a run, for TensorBoard's profile plugin, and what it says of each device."""
+"""An XLA trace of some steps of a run, for TensorBoard's profile plugin."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from jaxinfer.telemetry.breakdown import breakdown, left_out
-from jaxinfer.telemetry.xplane import read
+
+class Window(NamedTuple):
+    """Steps `first` to `last`, of which `traced` came; `folder` is of this process. `name`: ``as-run``, or
+    ``structure`` for a program without command buffers."""
+
+    name: str
+    folder: Path
+    first: int
+    last: int
+    traced: int
+    command_buffers: bool
 
 
 class Profile:
@@ -48,19 +57,9 @@ class Profile:
             jax.profiler.stop_trace()
             self._running, self.traced = False, True
 
-    def devices(self, mesh: Any) -> list[dict[str, Any]]:
-        """What `breakdown.show` takes, of this process's devices on `mesh`; the first axis of a mesh is its stages."""
-        import jax
-
-        newest = max(self.folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        trace = read(newest)
-        stage_of = {device: stage for stage, row in enumerate(mesh.devices) for device in row.flat}
-        found = []
-        for device in jax.local_devices():
-            # traces number CPU devices over all processes, GPUs as the node does
-            own = trace.devices.get(device.id if device.platform == "cpu" else device.local_hardware_id)
-            if own and device in stage_of:
-                place = {"rank": self.rank, "device": device.local_hardware_id, "stage": stage_of[device]}
-                programs = breakdown(own, len(mesh.devices), trace.steps)
-                found.append(place | {"programs": programs, "left_out": left_out(own)})
-        return found
+    @property
+    def windows(self) -> list[Window]:
+        """What was traced."""
+        if not self.traced:
+            return []
+        return [Window("as-run", self.folder, self._first, self._last, self._last - self._first + 1, True)]

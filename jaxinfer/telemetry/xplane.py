@@ -12,7 +12,8 @@ NO_WORK = re.compile(r"while|conditional|call$|.*MemcpyH2D|.*MemcpyD2H")
 
 
 class Span(NamedTuple):
-    """One kernel (or step of the CPU's program) on a device, in nanoseconds; `scope` is where the source made it."""
+    """One kernel (or step of the CPU's program) on a device, in nanoseconds; `scope` is where the source made it.
+    `waits`: of a communicating one, how long it waited for others before anything moved; None: nobody knows."""
 
     start: float
     end: float
@@ -20,6 +21,7 @@ class Span(NamedTuple):
     op: str
     scope: str
     communicates: bool
+    waits: float | None = None
 
 
 class Trace(NamedTuple):

@@ -1,0 +1,66 @@
+"""The end of a traced run: what the traces say, on the screen and in OUT.profile.json."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.cluster import distributed
+from jaxinfer.engine.cut import shape
+from jaxinfer.outputs import Writer
+from jaxinfer.process.run import Run
+from jaxinfer.telemetry.breakdown import show
+from jaxinfer.telemetry.devices import own_devices
+from jaxinfer.telemetry.profile import Profile
+from jaxinfer.telemetry.profile_file import report, show_balance
+
+
+def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> dict[str, Any]:
+    """Reads the traces of all processes, which all call this; the first shows and writes. What a summary takes: the
+    share of decode's time without work and the imbalance of the stages, None where nothing was traced.
+
+    Raises:
+      OutputError: the file cannot be written.
+    """
+    if not profile.windows:
+        first = run.args.profile_steps[0]
+        run.say(f"WARNING: nothing was traced: the run had {engine.steps} steps, --profile-steps begins at {first}")
+        return {}
+    beats = 0
+
+    def everyone(value: Any) -> list[Any]:
+        nonlocal beats
+        beats += 1
+        run.life.beat("profile", beats, waits=True)
+        return distributed.everyone(value)
+
+    hosts = distributed.hosts()
+    windows = {}
+    for window in profile.windows:
+        run.life.beat("profile", beats)
+        own = own_devices(window.folder, engine.mesh, run.rank, everyone)
+        windows[window.name] = [each | {"host": hosts[each["rank"]]} for devices in everyone(own) for each in devices]
+    traced = [
+        {name: str(value) if name == "folder" else value for name, value in window._asdict().items()}
+        for window in profile.windows
+    ]
+    stats = engine.stats
+    empty = stats.idle_stage_ticks / stats.stage_ticks if stats.stage_ticks else None
+    found = report(_head(run, engine) | {"windows": traced}, windows, empty)
+    if run.first:
+        for window in profile.windows:
+            show(windows[window.name], f"profile of steps {window.first} to {window.last}, {window.name}")
+        show_balance(found)
+        if writer is not None:
+            writer.note("profile", found)
+    run.say(f"traces: tensorboard --logdir {run.args.profile}")
+    return {"bubble_time": found["bubble"]["time"], "imbalance": found["imbalance"]["decode"]}
+
+
+def _head(run: Run, engine: Any) -> dict[str, Any]:
+    name = run.args.preset or Path(run.args.model).resolve().name
+    return {
+        "model": name,
+        "shape": shape(engine.manifest.model),
+        "mesh": dict(engine.mesh.shape),
+        "stage_layers": list(engine.stage_layers),
+        "dtype": engine.dtype.name,
+    }
