@@ -2,15 +2,18 @@
 
 import json
 import signal
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from jaxinfer.cluster import distributed
 from jaxinfer.cluster.pulse import Alone, Pulse
 from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import Writer, beside, output_line
+from jaxinfer.process.run import Run
 from jaxinfer.telemetry.metrics import RunMetrics
 from jaxinfer.telemetry.profile import Profile
 from jaxinfer.telemetry.progress import Progress
@@ -31,14 +34,13 @@ def note_unfinished(writer: Writer, left: int, fresh: bool) -> None:
 def run_batch(
     llm: LLM,
     requests: dict[str, Request],
-    life: Life,
+    run: Run,
     writer: Writer | None,
-    first: bool,
     shows: bool,
     counts: dict[str, int],
     profile: Profile | None = None,
 ) -> dict[str, Any]:
-    """Runs `requests`, which `llm` has, and returns the figures; only the `first` process shows, and has the
+    """Runs `requests`, which `llm` has, and returns the figures; only the first process shows, and has the
     `writer`. A sample whose logits are NaN or infinite ends with an error record, and the others go on.
 
     After a stop signal it lets nothing new begin, finishes what it can in time and puts the rest back: nothing of a
@@ -48,10 +50,10 @@ def run_batch(
     Raises:
       OutputError: the disk does not take a result; what was written before is whole.
     """
-    metrics = RunMetrics()
+    metrics, phases = RunMetrics(), run.phases
     if writer is not None:
         note_unfinished(writer, len(requests), fresh=True)
-    bar = Progress("generate", "requests", len(requests), shown=first)
+    bar = Progress("generate", "requests", len(requests), shown=run.first)
     left = Counter({name: request.params.n for name, request in requests.items()})
 
     def take(update: Update) -> None:
@@ -60,29 +62,40 @@ def run_batch(
         if done is not None:
             left[update.request_id] -= 1
             if writer is not None:
-                writer.write(output_line(done))
+                with phases.within("write"):
+                    writer.write(output_line(done))
             if shows:
                 bar.write(_readable(done, requests[update.request_id], llm.engine.tokenizer))
         bar.update(int(done is not None and not left[update.request_id]), len(update.token_ids))
 
     try:
-        _steps(llm, life, take, profile)
+        _steps(llm, run.life, take, profile)
     finally:
         bar.close()
         if profile is not None:
             profile.close()
     if writer is not None:
-        writer.sync()
-    number = life.stop_signal()
+        with phases.within("write"):
+            writer.sync()
+    number = run.life.stop_signal()
     unfinished = sum(each > 0 for each in left.values())
     stopped_by = signal.Signals(number).name if number else None
     import jax
 
     summary = counts | {"unfinished": unfinished, "stopped_by": stopped_by, "decode_sum": llm.engine.decode_sum}
     summary |= metrics.summary(asdict(llm.engine.stats), jax.devices()[0].device_kind)
+    summary["phases"] = _phases(run, llm)
     if writer is not None:
         writer.note("metrics", summary)
     return summary
+
+
+def _phases(run: Run, llm: LLM) -> list[dict[str, Any]]:
+    """Of each process."""
+    own = {"rank": run.rank, "host": socket.gethostname(), **run.phases.to_json()}
+    own["load_bytes"] = llm.engine.stats.load_bytes
+    run.life.beat("end", waits=True)
+    return distributed.everyone(own)
 
 
 def _steps(llm: LLM, life: Life, take: Callable[[Update], None], profile: Profile | None) -> None:

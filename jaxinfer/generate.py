@@ -167,7 +167,8 @@ def _execute(run: Run) -> int:
         raise UserError("--prompts - works with one process: standard input does not reach them all")
     with usage():
         defaults = sampling_params(args)
-        records = _read(args, defaults)
+        with run.phases.within("preprocess"):
+            records = _read(args, defaults)
         if args.strict:
             _stop_at_error(records)
         join(run)
@@ -232,6 +233,7 @@ def _begin(
         checkpoint = xxhash.xxh3_128(content)
         run.life.beat("start", 2, waits=True)
         hosts = distributed.hosts()
+        run.phases.started()
         same_everywhere(hosts, "checkpoint", checkpoint.digest())
         same_everywhere(hosts, "prompts or options", _digest(args, records))
         mesh = choose_mesh(run, manifest.model, hosts)
@@ -307,7 +309,7 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: W
     if args.profile is not None:
         with usage():
             profile = Profile(Path(args.profile), *args.profile_steps, run.rank)
-    summary = run_batch(llm, requests, run.life, writer, run.first, shows, counts, profile)
+    summary = run_batch(llm, requests, run, writer, shows, counts, profile)
     if profile is not None:
         summary |= conclude(run, profile, llm.engine, writer)
     if run.first:
@@ -329,8 +331,9 @@ def _write_errors(run: Run, todo: list[InputRecord | InputError], writer: Writer
     if len(bad) > SHOWN_ERRORS:
         run.say(f"and {len(bad) - SHOWN_ERRORS:,} more bad lines")
     if writer is not None:
-        for error in bad:
-            writer.write(error.to_json())
+        with run.phases.within("write"):
+            for error in bad:
+                writer.write(error.to_json())
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from jaxinfer.engine.prompt import shown
 from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.inputs import InputRecord, parse_record, prompt_fields, record_id, token_ids
 from jaxinfer.parallel.axes import parse_mesh
+from jaxinfer.telemetry.phases import Phases
 from jaxinfer.telemetry.progress import Progress
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -98,6 +99,7 @@ class LLM:
         if None (see `use_compile_cache`).
       loading: told (bytes loaded, bytes in all) while the weights load.
       beat: told where this process is: phase, step, and whether it may wait for others.
+      phases: where the main thread's time goes (`Phases`), a new one if None.
       wait: return when the weights are loaded; otherwise the first request waits for them, and `loading` is called from
         another thread.
       options: further fields of `EngineConfig`.
@@ -117,13 +119,14 @@ class LLM:
         compile_cache: str | None = None,
         loading: Callable[[int, int], None] = lambda done, total: None,
         beat: Callable[[str, int, bool], None] = lambda phase, step, waits: None,
+        phases: Phases | None = None,
         wait: bool = True,
         **options: Any,
     ):
         legal = [field.name for field in fields(EngineConfig)]
         unknown = [name for name in options if name not in legal]
         if unknown:
-            legal += ["cpu_devices", "compile_cache", "loading", "beat", "wait"]
+            legal += ["cpu_devices", "compile_cache", "loading", "beat", "phases", "wait"]
             raise ValueError(f"{unknown[0]}: no such option; legal: {', '.join(legal)}")
         sizes = parse_mesh(mesh if isinstance(mesh, str) else ",".join(f"{axis}={size}" for axis, size in mesh.items()))
         if stage_layers is not None:
@@ -137,7 +140,9 @@ class LLM:
         check_thread_pool()
         if warning := use_compile_cache(compile_cache):
             warnings.warn(warning, stacklevel=2)
-        self.engine = Engine(checkpoint, config, loading, beat)
+        phases = phases or Phases()
+        with phases.within("load"):
+            self.engine = Engine(checkpoint, config, loading, beat, phases)
         if (warning := self.engine.manifest.warning(self.engine.folder)) and jax.process_index() == 0:
             warnings.warn(warning, WithoutChecksums, stacklevel=2)
         if wait:
@@ -151,8 +156,9 @@ class LLM:
           ValueError: one that can never run: its prompt, a token id or a sampling parameter is not legal.
         """
         self._sweep()
-        request = Request(record.id, token_ids(record, self.engine.tokenizer), record.params)
-        self.engine.add(request)
+        with self.engine.phases.within("preprocess"):
+            request = Request(record.id, token_ids(record, self.engine.tokenizer), record.params)
+            self.engine.add(request)
         return request
 
     def updates(self) -> Iterator[Update]:

@@ -124,7 +124,7 @@ def _names(paths: list[Path]) -> list[str]:
 def _title(runs: list[Run]) -> str:
     count, tokens = sum(len(run.tokens) for run in runs), sum(run.tokens.sum() for run in runs)
     parts = [f"{count:,} results", f"{tokens:,.0f} output tokens"]
-    if rates := [run.metrics["output_tokens_per_s"] for run in runs if run.metrics]:
+    if rates := [run.metrics["output_tokens_per_s"] for run in runs if run.metrics and run.metrics["work_s"]]:
         low, high = f"{min(rates):,.0f}", f"{max(rates):,.0f}"
         parts.append(f"{low} tokens/s" if low == high else f"{low} to {high} tokens/s")
     if errors := sum(run.errors for run in runs):

@@ -41,12 +41,13 @@ def test_summary_of_two_requests_one_with_two_samples():
         compiled_programs=3,
         load_bytes=6_853_000_000,
         load_seconds=1.25,
+        work_seconds=0.5,
     )
     summary = metrics.summary(counts, "NVIDIA H200")
     assert (summary["requests"], summary["samples"]) == (2, 3)
     assert (summary["prompt_tokens"], summary["output_tokens"]) == (20, 15)
-    assert summary["output_tokens_per_s"] == pytest.approx(15 / summary["wall_s"])
-    assert summary["total_tokens_per_s"] == pytest.approx(35 / summary["wall_s"])
+    assert summary["output_tokens_per_s"] == pytest.approx(15 / 0.5)
+    assert summary["total_tokens_per_s"] == pytest.approx(35 / 0.5) and summary["work_s"] == 0.5
     assert summary["ttft_s"]["mean"] == pytest.approx(0.2)
     assert summary["tpot_s"]["mean"] == pytest.approx((0.2 + 0.2) / 2)  # one sample has a single token, hence none
     assert 0.05 <= summary["itl_s"]["max"] < 0.5

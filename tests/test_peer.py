@@ -22,6 +22,7 @@ from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.parallel.placement import Rules
 from jaxinfer.parallel.stages import balance
+from jaxinfer.telemetry.phases import Phases
 
 
 def gpus(capability="9.0", groups=1, ranks=4, per_process=8):
@@ -174,6 +175,7 @@ def lowered(mesh: str, rows: int = 1, width: int = 1024) -> tuple[str, str]:
         4,
         table,
         lambda: None,
+        Phases(),
     )
     kinds = ("decode", rows // sizes["stage"], 0), ("prefill", 1, 8)
     return tuple(programs.lower(Program(*kind, 1, Features(), False)).as_text() for kind in kinds)

@@ -16,6 +16,7 @@ from jaxinfer.plot import PlotError, _figure, _names, draw, phases, read_run
 METRICS = {
     "unfinished": 0,
     "wall_s": 10.0,
+    "work_s": 8.0,
     "output_tokens_per_s": 123.4,
     "engine": {"load_seconds": 3.0, "compile_seconds": 2.0, "prefill_seconds": 1.5, "decode_seconds": 6.0},
 }

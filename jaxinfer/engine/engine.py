@@ -40,6 +40,7 @@ from jaxinfer.parallel.mesh import make_mesh, mesh_sizes
 from jaxinfer.parallel.peer import connect
 from jaxinfer.parallel.placement import Rules
 from jaxinfer.telemetry import ranges
+from jaxinfer.telemetry.phases import Phases
 from jaxinfer.tokenizer import load_tokenizer
 
 
@@ -55,7 +56,7 @@ class Engine:
     requests, and what is added then runs as in a new engine. Of several processes all would have to leave alike.
 
     `loading` is told (bytes read so far, bytes in all) while this process's weights load; `beat` where it is: phase,
-    step, and whether it is inside JAX, which may wait for other processes.
+    step, and whether it is inside JAX, which may wait for other processes; `phases` keeps the time.
 
     Raises:
       LayoutError: a mesh that the model cannot have or that does not fit, before anything is allocated.
@@ -68,7 +69,9 @@ class Engine:
         config: EngineConfig,
         loading: Callable[[int, int], None] = lambda done, total: None,
         beat: Callable[[str, int, bool], None] = lambda phase, step, waits: None,
+        phases: Phases | None = None,
     ):
+        self.phases = phases or Phases()
         alone = isinstance(checkpoint, Manifest)
         if alone and config.load_format != "dummy":
             raise ValueError(f"load_format: found {config.load_format!r} with a manifest alone; legal: dummy")
@@ -106,6 +109,7 @@ class Engine:
             self.max_context,
             peers,
             lambda: beat("compile", self.steps, False),
+            self.phases,
         )
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -126,6 +130,7 @@ class Engine:
         self._torn = False  # inside `add`, `abort` or `step`, or left there
         self._in_flight: deque[tuple[PrefillTick | DecodeBlock, Result, float]] = deque()
         self._last_read = 0.0
+        self._worked: float | None = None  # until then, work is counted; None: there is none
 
     def add(self, request: Request) -> None:
         """Takes a request in; its samples are the sequences 0 to n - 1.
@@ -178,7 +183,7 @@ class Engine:
             raise
         if not self._open:
             self._runner.forget_requirements()
-            self._prepared = False
+            self._prepared, self._worked = False, None
         self._runner.require(params, sequences[0].cache_tokens)
         now = time.perf_counter()
         for sequence in sequences:
@@ -247,7 +252,7 @@ class Engine:
         if self._loading is not None:
             if self._unwanted.is_set():
                 self._begin_loading()
-            with self.loading_stops_at_error(), self._explained("load"):
+            with self.phases.within("load"), self.loading_stops_at_error(), self._explained("load"):
                 self._runner.begin(self._loading.result())
             self._loading = None
             now = time.perf_counter()
@@ -281,16 +286,23 @@ class Engine:
     def _step(self) -> list[Update]:
         self.prepare()
         self.wait_loaded()
+        with self.phases.within("decode"):
+            return self._dispatch()
+
+    def _dispatch(self) -> list[Update]:
+        if self._worked is None:
+            self._worked = self._working()
         dispatch = self.scheduler.schedule()
         self.steps += 1
         if dispatch is not None:
+            self.phases.was(_phase(dispatch))
             run = self._runner.prefill if isinstance(dispatch, PrefillTick) else self._runner.decode
             self._count(dispatch)
             self._beat(_phase(dispatch), self.steps, True)
             steps = 1 if isinstance(dispatch, PrefillTick) else self.config.decode_steps
             with ranges.step(_phase(dispatch), self.steps, steps), self._explained(_phase(dispatch)):
                 result, programs = run(dispatch), self._runner.programs
-            self._in_flight.append((dispatch, result, time.perf_counter() - programs.compile_seconds))
+            self._in_flight.append((dispatch, result, self._working()))
             self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
         elif not self._in_flight:
             if self.scheduler.has_unfinished:
@@ -298,7 +310,18 @@ class Engine:
             return []
         if len(self._in_flight) < 2 and dispatch is not None:
             return []
-        return self._read(*self._in_flight.popleft())
+        dispatch, result, dispatched = self._in_flight.popleft()
+        with self.phases.within(_phase(dispatch)):
+            updates = self._read(dispatch, result, dispatched)
+        if updates:
+            now = self._working()
+            self.stats.work_seconds += now - self._worked
+            self._worked = now if self.scheduler.has_unfinished else None
+        return updates
+
+    def _working(self) -> float:
+        """A clock that stands still while the main thread waits for a program to be compiled."""
+        return time.perf_counter() - self._runner.programs.compile_seconds
 
     def compiled(self) -> dict[Program, jax.stages.Compiled]:
         """The programs so far; waits for those that are being compiled."""
@@ -313,8 +336,7 @@ class Engine:
         with self._explained(_phase(dispatch)):
             emitted, scored = result.read()
         self._beat(_phase(dispatch), self.steps, False)
-        now = time.perf_counter()
-        working = now - self.stats.compile_seconds  # a clock that stands still while programs compile
+        now, working = time.perf_counter(), self._working()
         took = working - max(dispatched, self._last_read)
         self._last_read = working
         if isinstance(dispatch, PrefillTick):
@@ -411,6 +433,7 @@ class Engine:
             params = load(reader, parameters, self.mesh, rules, dtype, threads, told)
             self.stats.load_bytes = reader.bytes_read
         self.stats.load_seconds = time.perf_counter() - began
+        self.phases.beside("load", self.stats.load_seconds)
         # a decode tick reads every weight on the device, but of an untied embedding only a row per sequence
         embed = params["ends"]["embed"].addressable_data(0).nbytes
         self._weight_bytes_per_tick = self.memory.weights - (0 if self.model.tied else embed)

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jaxinfer.ops.sampling import SamplingArrays, sampling_arrays
 from jaxinfer.parallel.axes import AXES, VOCAB_AXES
 from jaxinfer.parallel.mesh import mesh_sizes
 from jaxinfer.parallel.placement import Parameter, Rules, global_shape, local_size, partition_spec
+from jaxinfer.telemetry.phases import Phases
 
 POOL = P("stage", "data", None, None, "tensor", None)
 COMPILING_AT_ONCE = 4  # by a process that is alone; several compile one by one, all in the same order
@@ -53,8 +55,9 @@ class Programs:
         pages: int,
         peers: jax.Array | None,
         compiling: Callable[[], None],
+        phases: Phases,
     ):
-        self._compiling, self._pages, self._peers = compiling, pages, peers
+        self._compiling, self._pages, self._peers, self._phases = compiling, pages, peers, phases
         self._decoder, self._config, self._mesh, self._rules, self._dtype = decoder, config, mesh, rules, dtype
         self._sizes = mesh_sizes(mesh)
         self._compiled: dict[Program, Future] = {}
@@ -86,7 +89,8 @@ class Programs:
 
     def with_counts(self, state: State) -> State:
         """Adds the token counts, which only requests with penalties, bias or min_new_tokens need."""
-        return state._replace(counts=self._zeros(self._state(counts=True).counts))
+        with self._waiting():
+            return state._replace(counts=self._zeros(self._state(counts=True).counts))
 
     def replicated(self, tree: Any) -> Any:
         """Host arrays, equal on all processes, as arrays on every device."""
@@ -145,14 +149,23 @@ class Programs:
         self.compile_ahead([program])
         # several processes do not run programs, which wait for each other, while they tune kernels together
         needed = [self._compiled[program]] if self._alone else list(self._compiled.values())
-        began = time.perf_counter()
         if not _all_done(needed):
-            while not _all_done(needed):
-                self._compiling()
-                wait([each for each in self._compiled.values() if not each.done()], return_when=FIRST_COMPLETED)
-            self._compiling()
-            self.compile_seconds += time.perf_counter() - began
+            with self._waiting():
+                self._wait(needed)
         return self._compiled[program].result()(params, state, inputs, sampling)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self._phases.within("compile"):
+            began = time.perf_counter()
+            yield
+            self.compile_seconds += time.perf_counter() - began
+
+    def _wait(self, needed: list[Future]) -> None:
+        while not _all_done(needed):
+            self._compiling()
+            wait([each for each in self._compiled.values() if not each.done()], return_when=FIRST_COMPLETED)
+        self._compiling()
 
     def compiled(self) -> dict[Program, jax.stages.Compiled]:
         """All programs so far; waits for those that are being compiled."""
@@ -160,8 +173,13 @@ class Programs:
 
     def _compile(self, program: Program) -> jax.stages.Compiled:
         with self._tracing:  # it holds Python's lock: side by side, all would be late
+            began = time.perf_counter()
             lowered = self.lower(program)
-        return lowered.compile()
+            traced = time.perf_counter() - began
+        began = time.perf_counter()
+        compiled = lowered.compile()
+        self._phases.beside("compile", traced + time.perf_counter() - began)
+        return compiled
 
     def lower(self, program: Program) -> jax.stages.Lowered:
         features = program.features

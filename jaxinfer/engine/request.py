@@ -99,6 +99,7 @@ class Stats:
     steady_stage_ticks: int = 0
     steady_idle_stage_ticks: int = 0
     preemptions: int = 0
+    work_seconds: float = 0.0  # from each first scheduling to the last result, less `compile_seconds` in between
     compiled_programs: int = 0
     compile_seconds: float = 0.0
 

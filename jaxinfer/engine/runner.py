@@ -20,6 +20,7 @@ from jaxinfer.engine.steps import DecodeInputs, PrefillInputs, State
 from jaxinfer.ops.sampling import SamplingArrays, set_row
 from jaxinfer.parallel.mesh import mesh_sizes
 from jaxinfer.parallel.placement import Rules
+from jaxinfer.telemetry.phases import Phases
 
 
 @dataclass
@@ -55,8 +56,9 @@ class Runner:
         max_context: int,
         peers: jax.Array | None,
         compiling: Callable[[], None],
+        phases: Phases,
     ):
-        self.programs = Programs(decoder, config, mesh, rules, dtype, pages, peers, compiling)
+        self.programs = Programs(decoder, config, mesh, rules, dtype, pages, peers, compiling, phases)
         self._peers = peers
         self._params: Any = None
         self._state: State | None = None

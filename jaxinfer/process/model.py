@@ -108,6 +108,7 @@ def load_model(run: Run, meanwhile: Callable[[Any], None]) -> Any:
                 compile_cache="none",  # it is there already
                 loading=loading,
                 beat=run.life.beat,
+                phases=run.phases,
                 wait=False,
                 **engine_options(args),
             )

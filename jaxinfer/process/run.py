@@ -15,6 +15,7 @@ from jaxinfer.cluster.pulse import Alone, Pulse
 from jaxinfer.cluster.slurm import ClusterError
 from jaxinfer.cluster.worker import UserError
 from jaxinfer.options import limits
+from jaxinfer.telemetry.phases import Phases, process_began
 
 
 @attrs.frozen
@@ -26,6 +27,7 @@ class Run:
       args: its options, those of `add_place_options` and `add_limit_options` among them.
       life: its signs of life.
       launch, coordinator: how it finds the others; None and "" where it is alone.
+      phases: where its time goes.
     """
 
     program: str
@@ -33,6 +35,7 @@ class Run:
     life: Pulse | Alone
     launch: Launch | None = None
     coordinator: str = ""
+    phases: Phases = attrs.field(factory=Phases)
 
     @property
     def rank(self) -> int:
@@ -76,8 +79,9 @@ def start(
     """
     if warning := missed_srun(os.environ, launch):
         print(f"{program}: WARNING: {warning}", file=sys.stderr)
+    phases = Phases(process_began())  # of a monitor, from which the worker is forked
     if launch is None:
-        status = _alone(Run(program, args, Alone(args.grace_s)), work)
+        status = _alone(Run(program, args, Alone(args.grace_s), phases=phases), work)
         if status == 2:
             take_back()
         sys.exit(status)
@@ -87,7 +91,7 @@ def start(
         limits(args),
         program,
         facts,
-        lambda pulse, where: _one_of_several(Run(program, args, pulse, launch, where), work),
+        lambda pulse, where: _one_of_several(Run(program, args, pulse, launch, where, phases), work),
         take_back,
     )
 

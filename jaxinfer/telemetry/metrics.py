@@ -2,7 +2,8 @@
 
 TTFT is the time from a request's arrival to its first token, its wait in the queue included; TPOT the time per token
 after the first, one value per sample; ITL the time between two deliveries to one sample, each of up to as many tokens
-as decode steps share a dispatch.
+as decode steps share a dispatch. Rates are of the work: from the first scheduling to the last result, less the time in
+between that the main thread waited for programs to be compiled.
 """
 
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.telemetry.peaks import memory_bandwidth
+from jaxinfer.telemetry.phases import PHASES
 
 PERCENTILES = (50, 90, 99)
 
@@ -69,7 +71,7 @@ class RunMetrics:
 
     def summary(self, stats: Mapping[str, Any], device_kind: str) -> dict[str, Any]:
         """All figures as JSON; `stats` are the engine's counts, of which the same call may be made once more later."""
-        wall = time.perf_counter() - self._began
+        wall, work = time.perf_counter() - self._began, stats["work_seconds"]
         seconds = stats["decode_seconds"]
         bandwidth, peak = stats["decode_bytes"] / seconds if seconds else None, memory_bandwidth(device_kind)
         return {
@@ -81,9 +83,10 @@ class RunMetrics:
             "prompt_tokens": self._prompt_tokens,
             "output_tokens": self._output_tokens,
             "wall_s": wall,
+            "work_s": work,
             "load_bytes_per_s": _share(stats["load_bytes"], stats["load_seconds"]),
-            "output_tokens_per_s": self._output_tokens / wall,
-            "total_tokens_per_s": (self._prompt_tokens + self._output_tokens) / wall,
+            "output_tokens_per_s": _share(self._output_tokens, work),
+            "total_tokens_per_s": _share(self._prompt_tokens + self._output_tokens, work),
             "ttft_s": percentiles(self._ttft),
             "tpot_s": percentiles(self._tpot),
             "itl_s": percentiles(self._itl),
@@ -127,8 +130,9 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
         *([("failed", f"{summary['failed']:,} samples: non-finite logits")] if summary["failed"] else []),
         ("tokens", tokens),
         ("wall time", wall),
-        ("output tokens/s", f"{summary['output_tokens_per_s']:,.1f}"),
-        ("total tokens/s", f"{summary['total_tokens_per_s']:,.1f}"),
+        ("work time", f"{summary['work_s']:.2f} s, first admission to last token less compiling"),
+        ("output tokens/s", _rate(summary["output_tokens_per_s"])),
+        ("total tokens/s", _rate(summary["total_tokens_per_s"])),
         ("TTFT in ms", _latency(summary["ttft_s"])),
         ("TPOT in ms", _latency(summary["tpot_s"])),
         ("ITL in ms", _latency(summary["itl_s"])),
@@ -137,8 +141,13 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
         ("decode bandwidth", _bandwidth(summary)),
         ("preemptions", f"{engine['preemptions']:,}"),
         ("load", _load(summary)),
+        *([("phases in s", _phases(summary["phases"]))] if "phases" in summary else []),
     ]
     return lines
+
+
+def _rate(per_second: float | None) -> str:
+    return "-" if per_second is None else f"{per_second:,.1f}"
 
 
 def _latency(values: Mapping[str, float] | None) -> str:
@@ -160,6 +169,11 @@ def _percent(share: float | None, steady: float | None) -> str:
     if share is None:
         return "-"
     return f"{share:.1%} of stage-ticks empty" + ("" if steady is None else f", {steady:.1%} in steady decode")
+
+
+def _phases(processes: list[Mapping[str, Any]]) -> str:
+    text = ", ".join(f"{name} {processes[0][name]:.2f}" for name in PHASES)
+    return text + ("" if len(processes) == 1 else " (rank 0)")
 
 
 def _load(summary: Mapping[str, Any]) -> str:
