@@ -124,8 +124,8 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> Any:
 
 
 def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: int) -> Any:
-    return figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.2,
-                         columnspacing=1.2, handletextpad=0.5)  # fmt: skip
+    return figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.9,
+                         columnspacing=1.0, handletextpad=0.5)  # fmt: skip
 
 
 def _size(figure: Any, artist: Any) -> Any:
@@ -157,3 +157,24 @@ def _undated(kind: str) -> dict[str, Any] | None:
     if kind == "pdf":
         return {"CreationDate": None}
     return {"Date": None} if kind == "svg" else None
+
+
+def points(axes: Any, x: Sequence[float], spreads: Sequence[Any], place: int) -> Any:
+    """A series through the medians of `study.results.Spread`s, with bars from the least to the most."""
+    bars = [[each.median - (each.median if each.least is None else each.least) for each in spreads],
+            [(each.median if each.most is None else each.most) - each.median for each in spreads]]  # fmt: skip
+    return axes.errorbar(x, [each.median for each in spreads], bars, elinewidth=0.8, **line(place))
+
+
+def counts(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis of whole numbers that has these as its ticks, or as many of them as can be read."""
+    axis.axes.set_xscale("log", base=2)
+    kept = [value for value in values if not any(value < 1.3 * other for other in values if other < value)]
+    axis.set_ticks(kept, [f"{value:,.0f}" for value in kept])
+    axis.set_ticks([], minor=True)
+
+
+def plain_ticks(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis."""
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.set_minor_formatter(lambda value, _: "")

@@ -11,14 +11,15 @@ from typing import Any
 import attrs
 
 from jaxinfer.json_text import read_object
+from jaxinfer.study.errors import StudyError
 
 KINDS = ("correctness", "strong", "weak", "batch", "optimization", "grid")
 DONE = "done"
 X_KNOWN = ("mesh", "devices", "nodes", "batch", "requests", "round")  # of a cell's x; the others are a grid's own
 
 
-class ResultsError(ValueError):
-    """A folder without a study's cells: one line that names it."""
+class ResultsError(StudyError):
+    """A folder without a study's cells, or no way to draw them: one line that says so."""
 
 
 @attrs.frozen
@@ -76,6 +77,18 @@ class Cell:
         return str(self.x.get("mesh") or "")
 
     @property
+    def label(self) -> str:
+        """What tells it from the others of its experiment and model."""
+        match self.kind:
+            case "batch":
+                return f"b = {self.x.get('batch')}"
+            case "optimization":
+                return f"{self.role.upper()}, round {self.x.get('round')}"
+            case "grid":
+                return ", ".join(f"{name}={value}" for name, value in self.x.items() if name not in X_KNOWN)
+        return self.mesh or self.name
+
+    @property
     def note(self) -> str:
         """Why there are no figures, or what is wrong with those that there are."""
         if self.state != DONE:
@@ -108,6 +121,21 @@ class Cell:
     def last_run(self) -> Mapping[str, Any]:
         runs = (self.run or {}).get("runs")
         return runs[-1] if isinstance(runs, list) and runs and isinstance(runs[-1], Mapping) else {}
+
+
+def by_model(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    return _grouped(cells, "model")
+
+
+def by_experiment(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    return _grouped(cells, "experiment")
+
+
+def _grouped(cells: Iterable[Cell], field: str) -> dict[str, list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(getattr(cell, field), []).append(cell)
+    return found
 
 
 def number(value: Any) -> float | None:

@@ -8,7 +8,7 @@ from jaxinfer.checkpoint.files import write_whole
 from jaxinfer.study import agreement, compare
 from jaxinfer.study.columns import COLUMNS, CSV_ALONE, DEVICES, NONE, STEP, TIME, Column
 from jaxinfer.study.render import Table, as_csv, as_markdown, bullets, plain
-from jaxinfer.study.results import Cell, read_cells
+from jaxinfer.study.results import Cell, by_experiment, by_model, read_cells
 
 PLACE = ["model", "devices", "nodes", "mesh"]
 RESULTS = {
@@ -71,20 +71,6 @@ def write_tables(folder: Path | str) -> list[Path]:
         listed.append((name, tables))
     written.append(_write(folder / "tables" / "README.md", _readme(listed, cells, left_out)))
     return written
-
-
-def by_experiment(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        found.setdefault(cell.experiment, []).append(cell)
-    return found
-
-
-def by_model(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        found.setdefault(cell.model, []).append(cell)
-    return found
 
 
 def make_tables(name: str, cells: Sequence[Cell]) -> list[Table]:
