@@ -53,24 +53,26 @@ def emit(
     counts [B, V / n] is this device's part of the rows' token counts; n_out [B] numbers the output token to choose.
     """
     raw = _padding_masked(ends.logits(x), ends.config.vocab_size)
-    logits = raw
-    if features.adjust:
-        start = collectives.vocab_rank() * raw.shape[1]
-        logits = adjust(raw, counts, sampling, n_out, start, ends.config.vocab_size)
     with jax.named_scope("sample"):
+        logits = raw
+        if features.adjust:
+            start = collectives.vocab_rank() * raw.shape[1]
+            logits = adjust(raw, counts, sampling, n_out, start, ends.config.vocab_size)
         if features.sample:
             own = jax.tree.map(collectives.own_rows, sampling)
             chosen = select(collectives.rows_for_columns(logits), own, collectives.own_rows(n_out))
             tokens = collectives.all_rows(chosen, x.shape[0])
         else:
             tokens = _greedy(logits)
-    return _with_logprobs(raw, tokens, ends.config.vocab_size) if features.logprobs else Emitted(tokens)
+    with jax.named_scope("logprobs"):
+        return _with_logprobs(raw, tokens, ends.config.vocab_size) if features.logprobs else Emitted(tokens)
 
 
 def score(ends: Ends, x: jax.Array, targets: jax.Array) -> Emitted:
     """Logprobs of known next tokens: x [R, C, H], targets [R, C]."""
     together = SCORED_TOGETHER if targets.size % SCORED_TOGETHER == 0 else targets.size
 
+    @jax.named_scope("logprobs")
     def part(arguments):
         hidden, tokens = arguments
         logits = _padding_masked(ends.logits(hidden), ends.config.vocab_size)
@@ -80,6 +82,7 @@ def score(ends: Ends, x: jax.Array, targets: jax.Array) -> Emitted:
     return jax.tree.map(lambda each: each.reshape(*targets.shape, *each.shape[2:]), emitted)
 
 
+@jax.named_scope("head")
 def _padding_masked(logits: jax.Array, vocab_size: int) -> jax.Array:
     width = logits.shape[1]
     if width * collectives.vocab_ways() == vocab_size:

@@ -76,6 +76,7 @@ class Decoder:
         graph, state = self._described[0]
         return _bind(graph, state, arrays)
 
+    @jax.named_scope("stage")
     def run_stage(
         self,
         params: Mapping[str, Any],
@@ -95,10 +96,11 @@ class Decoder:
         """
         stage = jax.lax.axis_index("stage")
         config = self.config
-        if config.rope is None:
-            cos, sin = rope.no_angles(config.head_dim, positions)
-        else:
-            cos, sin = rope.angles(config.rope, config.head_dim, positions, lengths)
+        with jax.named_scope("angles"):
+            if config.rope is None:
+                cos, sin = rope.no_angles(config.head_dim, positions)
+            else:
+                cos, sin = rope.angles(config.rope, config.head_dim, positions, lengths)
         ops = _ops(self.kernels)
         decodes = x.shape[1] == 1
         attention = ops.decode_attention if decodes else ops.prefill_attention
@@ -126,7 +128,8 @@ class Decoder:
                 written = []
 
                 def attend(qkv):
-                    q, *pools = ops.rope_and_write(qkv, cos, sin, k_pool[0, 0], v_pool[0, 0], tables, positions)
+                    with jax.named_scope("rope_and_write"):
+                        q, *pools = ops.rope_and_write(qkv, cos, sin, k_pool[0, 0], v_pool[0, 0], tables, positions)
                     written.extend(pool[None, None] for pool in pools)
                     with jax.named_scope("paged_attention"):
                         return attention(q, *pools, tables, positions, window, **scores)
@@ -137,16 +140,17 @@ class Decoder:
                 x, delta, *written = run(x, None, k_pool, v_pool)
                 return _added(x, delta), *written
 
-            with jax.named_scope(f"layer_slot_{slot}"):
+            with jax.named_scope(layer_name(layers)):
                 here = [layer is not None for layer in layers]
                 if all(here):
                     x, delta, k_pools[slot], v_pools[slot] = run(x, delta, k_pools[slot], v_pools[slot])
                 else:  # an empty slot costs no compute; all ranks of a tensor group take the same branch
-                    x, delta = _added(x, delta), None
+                    x, delta = _added(x, delta), None  # of the layer before
                     x, k_pools[slot], v_pools[slot] = jax.lax.cond(
                         jnp.array(here)[stage], run_alone, lambda *same: same, x, k_pools[slot], v_pools[slot]
                     )
-        return _added(x, delta), (k_pools, v_pools)
+        with jax.named_scope(layer_name(self.slots[-1])):
+            return _added(x, delta), (k_pools, v_pools)
 
     def _together(self, x: jax.Array, page: int) -> Sizes | None:
         """The layers that one launch can do: decoding few rows, without tensor parallelism, slots that no stage leaves
@@ -189,6 +193,12 @@ class Decoder:
         if not any(windows):
             return None
         return jnp.array([window or NO_WINDOW for window in windows])[stage]
+
+
+def layer_name(layers: tuple[int | None, ...]) -> str:
+    """What a trace calls a layer slot, by the layers that the stages hold there: ``layer_07`` of one stage,
+    ``layer_03_19`` of two, ``layer_15_x`` where the second holds none."""
+    return "_".join(["layer", *("x" if layer is None else f"{layer:02}" for layer in layers)])
 
 
 def _token(x: jax.Array, index: jax.Array | None) -> jax.Array:

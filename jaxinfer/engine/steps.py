@@ -60,6 +60,12 @@ def _own_shard(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(lambda each: jax.lax.dynamic_index_in_dim(each, data, axis, keepdims=False), tree)
 
 
+@jax.named_scope("bookkeeping")
+def _token_of_each(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Of each row of x [R, C, H] the token at `index` [R], as [R, H]."""
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+
+
 def decode_block(
     decoder: Decoder,
     features: Features,
@@ -76,6 +82,7 @@ def decode_block(
     ends = decoder.ends(params["ends"])
     all_rows, rows = state.token.shape[2], inputs.active.shape[1] // stages
 
+    @jax.named_scope("bookkeeping")
     def by_microbatch(tree):
         return jax.tree.map(lambda each: each.reshape(stages, -1, *each.shape[1:])[:, :rows], _own_shard(tree))
 
@@ -84,49 +91,57 @@ def decode_block(
 
     def tick(carry, t):
         k, v, token, position, flying, x, counts = carry
-        entering, here, leaving = t % stages, (t - stage) % stages, (t + 1) % stages
-        enters = inputs.active[entering] & (position[entering] < inputs.limit[entering])
-        flying = flying.at[entering].set(enters)
+        with jax.named_scope("bookkeeping"):
+            entering, here, leaving = t % stages, (t - stage) % stages, (t + 1) % stages
+            enters = inputs.active[entering] & (position[entering] < inputs.limit[entering])
+            flying = flying.at[entering].set(enters)
         with jax.named_scope("embed"):
             fed = ends.embedding(token[entering], position[entering], params.get("peers"))[:, None]
-        x = jnp.where(stage == 0, fed, x) if stages > 1 else fed
-        at = jnp.where(flying[here], position[here], -1)[:, None]
-        x, (k, v) = decoder.run_stage(params, (k, v), x, at, inputs.prompt_length[here], inputs.tables[here])
+            x = jnp.where(stage == 0, fed, x) if stages > 1 else fed
+        with jax.named_scope("bookkeeping"):
+            at = jnp.where(flying[here], position[here], -1)[:, None]
+            of_layers = at, inputs.prompt_length[here], inputs.tables[here]
+        x, (k, v) = decoder.run_stage(params, (k, v), x, *of_layers)
         last = collectives.from_last_stage(x)[:, 0]
-        n_out = position[leaving] + 1 - inputs.prompt_length[leaving]
-        slots = leaving * all_rows + jnp.arange(rows)
-        own_counts = None if counts is None else jax.lax.dynamic_slice_in_dim(counts, leaving * all_rows, rows)
-        row_sampling = jax.tree.map(lambda each: each[leaving], sampling)
+        with jax.named_scope("bookkeeping"):
+            n_out = position[leaving] + 1 - inputs.prompt_length[leaving]
+            slots = leaving * all_rows + jnp.arange(rows)
+            own_counts = None if counts is None else jax.lax.dynamic_slice_in_dim(counts, leaving * all_rows, rows)
+            row_sampling = jax.tree.map(lambda each: each[leaving], sampling)
         emitted = emit(ends, last, row_sampling, own_counts, n_out, features)
-        counted = flying[leaving]
-        chosen = jnp.where(counted, emitted.tokens, -1)
-        if features.adjust:
-            start = collectives.vocab_rank() * counts.shape[1]
-            counts = count_tokens(counts, slots, chosen, jnp.zeros_like(counted), start)
-        token = token.at[leaving].set(jnp.where(counted, emitted.tokens, token[leaving]))
-        position = position.at[leaving].add(counted.astype(jnp.int32))
+        with jax.named_scope("bookkeeping"):
+            counted = flying[leaving]
+            chosen = jnp.where(counted, emitted.tokens, -1)
+            if features.adjust:
+                start = collectives.vocab_rank() * counts.shape[1]
+                counts = count_tokens(counts, slots, chosen, jnp.zeros_like(counted), start)
+            token = token.at[leaving].set(jnp.where(counted, emitted.tokens, token[leaving]))
+            position = position.at[leaving].add(counted.astype(jnp.int32))
         return (k, v, token, position, flying, collectives.to_next_stage(x), counts), emitted._replace(tokens=chosen)
 
-    # rows beyond have nothing in flight; when a wider block takes them in, `keep` says that what x has is not theirs
-    token, position, flying = (each[0, :, :rows] for each in (state.token, state.position, state.flying))
-    carry = (state.k, state.v, token, position, flying & inputs.keep, state.x[0, 0, :rows], counts)
+    with jax.named_scope("bookkeeping"):
+        # rows beyond have nothing in flight; when a wider block takes them in, `keep` says that what x has is not theirs
+        token, position, flying = (each[0, :, :rows] for each in (state.token, state.position, state.flying))
+        carry = (state.k, state.v, token, position, flying & inputs.keep, state.x[0, 0, :rows], counts)
     (k, v, token, position, flying, x, counts), emitted = jax.lax.scan(tick, carry, jnp.arange(steps * stages))
 
+    @jax.named_scope("bookkeeping")
     def collect(each):
         # tick t emits microbatch (t + 1) % M
         each = jnp.roll(each.reshape(steps, stages, *each.shape[1:]), 1, axis=1)
         each = each.reshape(steps, stages * rows, *each.shape[3:])
         return jnp.moveaxis(collectives.gather_data(each), 0, 1)
 
-    state = state._replace(
-        k=k,
-        v=v,
-        token=state.token.at[0, :, :rows].set(token),
-        position=state.position.at[0, :, :rows].set(position),
-        flying=state.flying.at[0, :, :rows].set(flying),
-        x=state.x.at[0, 0, :rows].set(x),
-        counts=None if counts is None else counts[None],
-    )
+    with jax.named_scope("bookkeeping"):
+        state = state._replace(
+            k=k,
+            v=v,
+            token=state.token.at[0, :, :rows].set(token),
+            position=state.position.at[0, :, :rows].set(position),
+            flying=state.flying.at[0, :, :rows].set(flying),
+            x=state.x.at[0, 0, :rows].set(x),
+            counts=None if counts is None else counts[None],
+        )
     return state, jax.tree.map(collect, emitted)
 
 
@@ -143,10 +158,11 @@ def prefill_tick(
     stage = jax.lax.axis_index("stage")
     stages = jax.lax.axis_size("stage")
     ends = decoder.ends(params["ends"])
-    targets = None if inputs.targets is None else _own_shard(inputs.targets)
-    tokens, sampling = _own_shard(inputs.tokens), _own_shard(sampling)
-    of_stage = _own_shard(inputs._replace(tokens=None, targets=None), axis=1)
-    entering, here, leaving = (jax.tree.map(lambda each: each[s], of_stage) for s in (0, stage, stages - 1))
+    with jax.named_scope("bookkeeping"):
+        targets = None if inputs.targets is None else _own_shard(inputs.targets)
+        tokens, sampling = _own_shard(inputs.tokens), _own_shard(sampling)
+        of_stage = _own_shard(inputs._replace(tokens=None, targets=None), axis=1)
+        entering, here, leaving = (jax.tree.map(lambda each: each[s], of_stage) for s in (0, stage, stages - 1))
     rows, length = tokens.shape
     key = f"{rows}x{length}"
 
@@ -157,18 +173,20 @@ def prefill_tick(
     counts = None if state.counts is None else state.counts[0]
     start_column = None if counts is None else collectives.vocab_rank() * counts.shape[1]
     if features.adjust:
-        counts = reset_counts(counts, entering.slot, (entering.start == 0) & (entering.count > 0))
-        at = positions(entering)
-        prompt = at < entering.prompt_length[:, None]
-        counts = count_tokens(counts, entering.slot, jnp.where(at < 0, -1, tokens), prompt, start_column)
+        with jax.named_scope("bookkeeping"):
+            counts = reset_counts(counts, entering.slot, (entering.start == 0) & (entering.count > 0))
+            at = positions(entering)
+            prompt = at < entering.prompt_length[:, None]
+            counts = count_tokens(counts, entering.slot, jnp.where(at < 0, -1, tokens), prompt, start_column)
 
     with jax.named_scope("embed"):
         fed = ends.embedding(tokens, positions(entering))
-    x = jnp.where(stage == 0, fed, state.prefill_x[key][0, 0]) if stages > 1 else fed
-    index = jnp.maximum(leaving.count - 1, 0)
+        x = jnp.where(stage == 0, fed, state.prefill_x[key][0, 0]) if stages > 1 else fed
     only_last = stages == 1 and not features.score
-    lengths = here.prompt_length if here.whole is None else here.whole
-    of_layers = positions(here), lengths, here.tables, index if only_last else None
+    with jax.named_scope("bookkeeping"):
+        index = jnp.maximum(leaving.count - 1, 0)
+        lengths = here.prompt_length if here.whole is None else here.whole
+        of_layers = positions(here), lengths, here.tables, index if only_last else None
     x, (k, v) = decoder.run_stage(params, (state.k, state.v), x, *of_layers)
 
     if only_last:
@@ -176,18 +194,21 @@ def prefill_tick(
     elif features.score:
         everything = collectives.from_last_stage(x)
         scored = jax.tree.map(collectives.gather_data, score(ends, everything, targets))
-        last = jnp.take_along_axis(everything, index[:, None, None], axis=1)[:, 0]
+        last = _token_of_each(everything, index)
     else:
         scored = None
-        last = collectives.from_last_stage(jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0])
-    done = leaving.start + leaving.count
-    row_sampling = jax.tree.map(lambda each: each[leaving.slot], sampling)
-    own_counts = None if counts is None else counts[leaving.slot]
+        last = collectives.from_last_stage(_token_of_each(x, index))
+    with jax.named_scope("bookkeeping"):
+        done = leaving.start + leaving.count
+        row_sampling = jax.tree.map(lambda each: each[leaving.slot], sampling)
+        own_counts = None if counts is None else counts[leaving.slot]
     emitted = emit(ends, last, row_sampling, own_counts, done - leaving.prompt_length, features)
-    chosen = jnp.where(leaving.final, emitted.tokens, -1)
-    if features.adjust:
-        counts = count_tokens(counts, leaving.slot, chosen, jnp.zeros_like(leaving.final), start_column)
+    with jax.named_scope("bookkeeping"):
+        chosen = jnp.where(leaving.final, emitted.tokens, -1)
+        if features.adjust:
+            counts = count_tokens(counts, leaving.slot, chosen, jnp.zeros_like(leaving.final), start_column)
 
+    @jax.named_scope("bookkeeping")
     def put(slots_array, values):
         flat = slots_array[0].reshape(-1)
         slot = jnp.where(leaving.final, leaving.slot, flat.size)  # beyond the end: dropped

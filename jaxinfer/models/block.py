@@ -68,10 +68,11 @@ class Block(nnx.Module):
 
     def matmul(self, x: jax.Array, name: str, reduce: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """x [B, T, in] times the array, summed over ``tensor`` where a row-cut one needs it, plus its bias if any."""
-        out = linear(x, getattr(self, name)[...])
-        if reduce is not None:
-            out = reduce(out)
-        return self.add_bias(out, name)
+        with jax.named_scope(name):
+            out = linear(x, getattr(self, name)[...])
+            if reduce is not None:
+                out = reduce(out)
+            return self.add_bias(out, name)
 
     def add_bias(self, out: jax.Array, name: str) -> jax.Array:
         bias = getattr(self, f"{name}_bias", None)
@@ -81,7 +82,8 @@ class Block(nnx.Module):
         """Normed x [B, T, H] to the needed tokens' heads' outputs [B, T', N * D], what the array ``o`` takes."""
         qkv = self.matmul(x, "qkv")
         if self.config.qk_norm:
-            qkv = self._norm_qk(qkv)
+            with jax.named_scope("qk_norm"):
+                qkv = self._norm_qk(qkv)
         heads = ops.needed(ops.attend(qkv))
         return heads.reshape(*heads.shape[:2], -1)
 
@@ -102,11 +104,13 @@ class Block(nnx.Module):
     def norm(self, x: jax.Array, name: str) -> jax.Array:
         """Of x [..., H], by the array of that name."""
         config, bias = self.config, getattr(self, f"{name}_bias", None)
-        return norm(config.norm, x, getattr(self, name)[...], None if bias is None else bias[...], config.norm_eps)
+        with jax.named_scope(name):
+            return norm(config.norm, x, getattr(self, name)[...], None if bias is None else bias[...], config.norm_eps)
 
     def add_norm(self, x: jax.Array, delta: jax.Array | None, name: str, ops: Ops) -> tuple[jax.Array, jax.Array]:
         """x + delta, and the norm of that."""
         if delta is not None and self.config.norm == "rms":
-            return ops.add_norm(x, delta, getattr(self, name)[...], self.config.norm_eps)
+            with jax.named_scope(name):
+                return ops.add_norm(x, delta, getattr(self, name)[...], self.config.norm_eps)
         x = x if delta is None else x + delta
         return x, self.norm(x, name)

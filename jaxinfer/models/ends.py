@@ -47,12 +47,12 @@ class Ends(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, H] to float32 logits [B, V / n] of this device's part of the vocabulary."""
         config = self.config
-        if config.final_norm:
-            bias = getattr(self, "norm_bias", None)
-            x = norm(config.norm, x, self.norm[...], None if bias is None else bias[...], config.norm_eps)
-        if config.embed_width:
-            x = linear(x, self.project_out[...])
         with jax.named_scope("head"):
+            if config.final_norm:
+                bias = getattr(self, "norm_bias", None)
+                x = norm(config.norm, x, self.norm[...], None if bias is None else bias[...], config.norm_eps)
+            if config.embed_width:
+                x = linear(x, self.project_out[...])
             logits = linear(x, self.embed[...] if config.tied else self.head[...], jnp.float32)
             cap = config.logit_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)

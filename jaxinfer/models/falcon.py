@@ -32,12 +32,16 @@ class Layer(Block):
     def parallel(self, x: jax.Array, delta: jax.Array | None, ops: Ops) -> tuple[jax.Array, jax.Array]:
         with jax.named_scope("attention"):
             x, normed = self.add_norm(x, delta, "input_norm", ops)
-            attended = linear(self.attention(normed, ops), self.o[...])
+            heads = self.attention(normed, ops)
+            with jax.named_scope("o"):
+                attended = linear(heads, self.o[...])
         with jax.named_scope("mlp"):
             x = ops.needed(x)
             normed = self.norm(x, "mlp_norm") if self.config.parallel_norms == 2 else ops.needed(normed)
-            # both are parts of sums over `tensor`: added first, one sum does for the layer
-            out = ops.reduce(attended + linear(self.wide(normed), self.down[...]))
+            wide = self.wide(normed)
+            with jax.named_scope("down"):
+                # both are parts of sums over `tensor`: added first, one sum does for the layer
+                out = ops.reduce(attended + linear(wide, self.down[...]))
             return x, self.add_bias(self.add_bias(out, "o"), "down")
 
     def wide(self, normed: jax.Array) -> jax.Array:
