@@ -31,7 +31,7 @@ PHASES = {  # of a run, in the order in which they come
         ("prefill", SKY, ""), ("decode", BLUE, ""), ("write", GREEN, "...."), ("other", "#ffffff", ""),
     ]
 }  # fmt: skip
-KINDS = (".pdf", ".png")
+KINDS = (".png", ".pdf")
 DPI = 300
 MOST_COLUMNS = 6
 STYLE = {
@@ -149,8 +149,12 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def save_all(figure: Any, stem: Path) -> list[Path]:
-    """The picture as PDF for the paper and as PNG to look at."""
-    return [save(figure, stem.with_name(stem.name + kind)) for kind in KINDS]
+    """The picture as PNG to look at and as PDF for the paper, laid out once: they are the same."""
+    written = []
+    for kind in KINDS:
+        written.append(save(figure, stem.with_name(stem.name + kind)))
+        figure.set_layout_engine("none")
+    return written
 
 
 def _undated(kind: str) -> dict[str, Any] | None:

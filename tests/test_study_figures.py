@@ -12,7 +12,7 @@ from jaxinfer import style
 from jaxinfer.study import figure_batch, figure_gpus, figure_scaling, figure_time
 from jaxinfer.study.figures import write_figures
 from jaxinfer.study.results import by_experiment, read_cells
-from study_cells import cell, gpu_csv, metrics, profile
+from study_cells import cell, gpu_csv, metrics
 
 
 def inside(figure) -> None:
@@ -131,13 +131,14 @@ def test_samples_that_were_not_taken_are_no_zeros(tmp_path):
 @pytest.mark.slow
 def test_figures_are_functions_of_the_cells_alone_and_say_what_is_missing(tmp_path):
     for mesh, count in (("stage=1", 1), ("stage=2", 2)):
-        cell(tmp_path, "strong", mesh, metrics((8.0 / count,)), devices=count, traced=profile(count))
+        cell(tmp_path, "strong", mesh, metrics((8.0 / count,)), devices=count)
     cell(tmp_path, "weak", "stage=1", None, state="failed", why="out of memory")
     kept = {path.name: path.read_bytes() for path in write_figures(tmp_path)}
-    names = {"strong", "strong-phases", "strong-stages"}
+    names = {"strong", "strong-phases"}
     assert kept.keys() == {f"{name}.{kind}" for name in names for kind in ("pdf", "png")} | {"README.md"}
     said = kept["README.md"].decode()
     assert "weak: fewer than two points" in said and "strong-gpus: no cell has samples of GPUs" in said
+    assert "strong-stages: no cell has the times of a stage" in said
     shutil.rmtree(tmp_path / "figures")
     assert {path.name: path.read_bytes() for path in write_figures(tmp_path)} == kept
 

@@ -57,10 +57,10 @@ def test_pdf_and_png_are_the_same_bytes_again_whatever_the_user_has_set(tmp_path
             figure, axes = style.canvas(style.COLUMN, 2)
             axes.plot([0, 1], [0, 1], **style.line(0))
             paths = style.save_all(figure, tmp_path / "batch-0.5")
-        assert [path.name for path in paths] == ["batch-0.5.pdf", "batch-0.5.png"]
+        assert [path.name for path in paths] == ["batch-0.5.png", "batch-0.5.pdf"]
         kept.append([path.read_bytes() for path in paths])
     assert kept[0] == kept[1]
-    assert kept[0][0].startswith(b"%PDF") and kept[0][1].startswith(b"\x89PNG")
+    assert kept[0][1].startswith(b"%PDF") and kept[0][0].startswith(b"\x89PNG")
 
 
 def test_what_cannot_be_drawn_takes_one_line(tmp_path):
