@@ -122,16 +122,20 @@ class Cluster:
         options = [f"--{name}={getattr(self, name)}" for name in ("partition", "account", "qos") if getattr(self, name)]
         options += [f"--nodes={self.nodes}", f"--ntasks-per-node={self.tasks_per_node}"]
         options.append(f"--cpus-per-task={self.cpus_per_node // self.tasks_per_node}")
+        options += self.gpu_options()
+        options += [f"--mem={self.memory}", f"--time={self.time}", f"--signal=B:USR1@{self.signal_s}"]
+        return options + self.sbatch
+
+    def gpu_options(self) -> list[str]:
+        """How sbatch and srun are asked for the GPUs."""
         kind = f"{self.gpu_type}:" if self.gpu_type else ""
         per_task = max(1, self.gpus_per_node // max(1, self.tasks_per_node))
-        options += {
+        return {
             "gres": [f"--gres=gpu:{kind}{self.gpus_per_node}"],
             "gpus-per-node": [f"--gpus-per-node={kind}{self.gpus_per_node}"],
             "gpus-per-task": [f"--gpus-per-task={kind}{per_task}"],
             "none": [],
         }[self.gpu_option if self.gpus_per_node else "none"]
-        options += [f"--mem={self.memory}", f"--time={self.time}", f"--signal=B:USR1@{self.signal_s}"]
-        return options + self.sbatch
 
 
 def find_cluster(text: str) -> Path:

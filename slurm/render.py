@@ -13,9 +13,16 @@ MARK = "# ---- the job"
 
 
 def render(
-    script: str, cluster: Cluster, preset: Path, sbatch: Sequence[str], variables: Mapping[str, str], options: list[str]
+    script: str,
+    cluster: Cluster,
+    preset: Path,
+    sbatch: Sequence[str],
+    step: Sequence[str],
+    variables: Mapping[str, str],
+    options: list[str],
 ) -> str:
-    """`script` (generate.sh, say) with another header and other `variables`; `options` are its arguments."""
+    """`script` (generate.sh, say) with another header and other `variables`; `options` are its arguments. With `step`,
+    options of srun, it is no job but a step of the allocation that it runs in."""
     body = (FOLDER / script).read_text("utf-8").partition(f"\n{MARK}\n")[2]
     assert body, f"{script} has no line {MARK!r}"
     loader = jinja2.Environment(
@@ -26,7 +33,8 @@ def render(
         name=Path(variables["RUN"]).name,
         script=f"slurm/{script}",
         preset=preset,
-        sbatch=[*sbatch, *cluster.sbatch_options(), "--requeue", "--open-mode=append"],
+        sbatch=[] if step else [*sbatch, *cluster.sbatch_options(), "--requeue", "--open-mode=append"],
+        step=step,
         variables=variables,
         modules=cluster.modules,
         env=cluster.env,

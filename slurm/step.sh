@@ -5,23 +5,26 @@
 # preemption) reaches the tasks by itself. Either way they write what is finished, put the rest back and exit 0. After
 # USR1 the job goes back into the queue and continues there; after TERM that is Slurm's to decide. A failure is not
 # repeated, and neither is an attempt that adds nothing, three times in a row.
+#
+# Where JAXINFER_STEP has options of srun (slurm.submit --inside), this is a step of somebody's allocation: nothing is
+# requeued, and TERM, which nobody else tells the tasks of, is passed on as USR1 is.
 
 ulimit -c 0 # an aborted task would leave a core file as large as its memory
 # compiled programs, for the next attempt
 export JAXINFER_COMPILE_CACHE=${JAXINFER_COMPILE_CACHE:-$PWD/build/compiled}
 srun='' stopped='' interrupted=''
 trap 'stop USR1' USR1
-trap 'stop TERM' TERM
+if [ -n "${JAXINFER_STEP-}" ]; then trap 'stop USR1' TERM; else trap 'stop TERM' TERM; fi
 
 run_step() {
-  local before status
+  local before status options
   metrics=${OUTPUT%.jsonl}.metrics.json
   mkdir -p "$LOGS"
   echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" >"$LOGS/started" # where slurm.submit was killed before it had noted it
   before=$(size)
-  # srun does not inherit the job's CPUs per task
-  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append \
-    --output="$LOGS/rank-%t-%N.log" "$@" &
+  options=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-1}") # srun does not inherit the job's
+  if [ -n "${JAXINFER_STEP-}" ]; then options=("${JAXINFER_STEP[@]}"); fi
+  srun --kill-on-bad-exit=1 --open-mode=append --output="${LOGS//%/%%}/rank-%t-%N.log" "${options[@]}" "$@" &
   srun=$!
   if [ "$stopped" = USR1 ]; then pass_on & fi
   while true; do
@@ -30,7 +33,7 @@ run_step() {
     [ -n "$interrupted" ] || break # else a trap ended the wait, not srun
   done
   if [ "$stopped" = TERM ]; then exit 143; fi
-  if work_left "$status"; then requeue "$before"; fi
+  if [ -z "${JAXINFER_STEP-}" ] && work_left "$status"; then requeue "$before"; fi
   exit "$status"
 }
 

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from jaxinfer.screen import escape_unencodable
 from slurm import jobs, runs, shards
 from slurm.collect import collect
 from slurm.follow import follow
+from slurm.inside import run_inside, step_options
 from slurm.presets import Cluster, PresetError, describe, find_cluster, read_cluster
 from slurm.render import FOLDER, render
 from slurm.runs import PROGRAM, UsageError
@@ -37,6 +40,9 @@ examples:
 
   A published model's speed without its weights (the prompts have prompt_token_ids alone):
     ... --preset falcon-40b --random-weights --prompts in.jsonl --output-dir runs/speed
+
+  In an allocation that is there already (salloc), as a step of it:
+    ... --output-dir runs/first --inside
 
   Look again at a job that runs or has ended; collects what is there:
     python -m slurm.submit --follow runs/first
@@ -94,6 +100,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--array", type=int, metavar="N", help="cut the prompts into N shards, a job for each")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, submit nothing")
     parser.add_argument("--no-follow", action="store_true", help="submit, print the job's id as a line of JSON, end")
+    what = "run as a step of the allocation that this command is in, and wait; nothing is submitted"
+    parser.add_argument("--inside", action="store_true", help=what)
     parser.add_argument("--poll-s", type=float, default=10.0, metavar="S", help="seconds between looks (default: 10)")
     group = parser.add_argument_group("in place of all that, about what is there")
     modes = group.add_mutually_exclusive_group()
@@ -125,6 +133,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"{taken} after --: give it before, or leave it to this command")
     if args.array is not None and args.array < 1:
         parser.error(f"--array: found {args.array}, legal is 1 or more")
+    if args.inside and (args.array is not None or args.no_follow):
+        found = "--no-follow" if args.no_follow else "--array"
+        parser.error(f"--inside runs one step and waits: found {found} beside it")
     if args.poll_s <= 0:
         parser.error(f"--poll-s: found {args.poll_s:g}, legal is more than 0")
     return args
@@ -141,7 +152,9 @@ def _submit(args: argparse.Namespace) -> int:
     if not total:
         raise UsageError(f"{args.prompts}: there is no prompt in it")
     _check_model(args)
-    script = _script(args, cluster, path, run)
+    name = f"{run.name}-{uuid.uuid4().hex[:8]}"  # by which the accounting knows the step
+    step = step_options(cluster, name, os.environ) if args.inside else []
+    script = _script(args, cluster, path, run, step)
     if args.dry_run:
         print(script, end="")
         return 0
@@ -149,7 +162,8 @@ def _submit(args: argparse.Namespace) -> int:
     with runs.usage():
         write_whole(run / "job.sh", script.encode())
     told = {
-        "job": None,
+        "job": os.environ["SLURM_JOB_ID"] if step else None,
+        "step": name if step else None,
         "previous": runs.previous(run),
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "prompts": str(args.prompts.absolute()),
@@ -159,6 +173,10 @@ def _submit(args: argparse.Namespace) -> int:
         "cluster": attrs.asdict(cluster),
     }
     runs.write(run, told)  # killed from here on, or sbatch's answer lost: the job is looked up
+    if step:
+        status, state = run_inside(run, told)
+        collected = collect(run, told, state)
+        return status or collected
     told["job"] = jobs.submit(run / "job.sh")
     runs.write(run, told)
     if args.no_follow:
@@ -184,7 +202,7 @@ def _check_model(args: argparse.Namespace) -> None:
             preset.check_manifest(args.model or args.preset, manifest)
 
 
-def _script(args: argparse.Namespace, cluster: Cluster, preset: Path, run: Path) -> str:
+def _script(args: argparse.Namespace, cluster: Cluster, preset: Path, run: Path, step: list[str]) -> str:
     name = "generate-array.sh" if args.array else "generate-multi.sh" if cluster.nodes > 1 else "generate.sh"
     variables = {
         "RUN": str(run),
@@ -193,14 +211,15 @@ def _script(args: argparse.Namespace, cluster: Cluster, preset: Path, run: Path)
         "MESH": args.mesh,
         "PYTHON": cluster.python,
     }
+    folder = str(run).replace("%", "%%")  # Slurm would put a job's id, say, in the place of one
     sbatch = [f"--job-name={run.name}", f"--chdir={FOLDER.parent}"]
     if args.array:
         variables["SHARDS"] = str(args.array)
-        sbatch += [f"--array=0-{args.array - 1}", f"--output={run}/job-%a.log"]
+        sbatch += [f"--array=0-{args.array - 1}", f"--output={folder}/job-%a.log"]
     else:
-        sbatch.append(f"--output={run}/job.log")
+        sbatch.append(f"--output={folder}/job.log")
     model = ([] if args.preset is None else ["--preset", args.preset]) + ["--random-weights"] * args.random_weights
-    return render(name, cluster, preset, sbatch, variables, model + args.options)
+    return render(name, cluster, preset, sbatch, step, variables, model + args.options)
 
 
 def _refuse_running(run: Path) -> None:
@@ -218,8 +237,8 @@ def _follow(run: Path, poll_s: float) -> int:
     try:
         state = follow(runs.name(told), lambda: runs.state(told), runs.outputs(run, told), told["results"], poll_s)
     except KeyboardInterrupt:
-        print(f"\n{runs.name(told)} goes on. Follow it: python -m {PROGRAM} --follow {run}   "
-              f"end it: scancel {told['job']}", file=sys.stderr)  # fmt: skip
+        end = "" if told.get("step") else f"   end it: scancel {told['job']}"
+        print(f"\n{runs.name(told)} goes on. Follow it: python -m {PROGRAM} --follow {run}{end}", file=sys.stderr)
         return 130
     return collect(run, told, state)
 

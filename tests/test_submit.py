@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from hf_models import make_hf_folder
+from slurm.inside import step_options
 from slurm.presets import Cluster, PresetError, find_cluster, read_cluster
+from slurm.runs import UsageError
 from slurm.shards import ShardError, unfinished
+from slurm.submit import main
 from slurm_bed import testbed as start_bed
 from slurm_bed import until
 
@@ -146,6 +150,20 @@ def test_what_a_job_asks_for(fields, options):
     assert cluster.sbatch_options() == ["--nodes=1", *options, *ends]
 
 
+def test_what_a_step_asks_for():
+    cluster = Cluster(
+        about="test", memory="2G", time="10", nodes=2, gpus_per_node=4, cpus_per_node=32, gpu_option="gres"
+    )
+    env = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_CPUS_PER_NODE": "64,20(x2)"}
+    asked = ["--job-name=me", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=5", "--gres=gpu:4"]
+    assert step_options(cluster, "me", env) == asked
+    # of salloc's shell, which is a step that others may overlap, and of a step that would never let go
+    assert step_options(cluster, "me", env | {"SLURM_STEP_ID": "4294967290"}) == asked
+    assert step_options(cluster, "me", env | {"SLURM_STEP_ID": "0"}) == [*asked, "--overlap"]
+    with pytest.raises(UsageError, match="found 3 cores of a node for 4 tasks"):
+        step_options(cluster, "me", env | {"SLURM_JOB_CPUS_PER_NODE": "3"})
+
+
 # ---- the script
 
 
@@ -237,14 +255,21 @@ def test_mistakes_about_presets_take_one_line(prompts, tmp_path, arguments, mess
         (("--follow", "none"), "none: submit.json is missing: no job was submitted"),
         (("--status", "none"), "none: submit.json is missing: no job was submitted"),
         (("--collect", "none"), "none: submit.json is missing: no job was submitted"),
+        (("--inside",), "--inside: SLURM_JOB_ID is not set, so this is no allocation of Slurm's"),
+        (("--inside", "--array", "2"), "--inside runs one step and waits: found --array beside it"),
         (("--show-cluster", "none"), "cluster: unknown 'none'; legal: generic, "),
         (("--collect", "none", "--follow", "none"), "--follow: not allowed with argument --collect"),
     ],
 )
-def test_mistakes_take_one_line(model, prompts, tmp_path, change, message):
-    done = run(*round_of(model, prompts, tmp_path / "run", *change))
-    assert done.returncode == 2 and not done.stdout
-    lines = [line for line in done.stderr.splitlines() if not line.startswith((" ", "usage:"))]
+def test_mistakes_take_one_line(model, prompts, tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    try:
+        status = main([*map(str, round_of(model, prompts, tmp_path / "run", *change))])
+    except SystemExit as ended:
+        status = ended.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out
+    lines = [line for line in err.splitlines() if not line.startswith((" ", "usage:"))]
     assert len(lines) == 1 and message in lines[0]
 
 
@@ -427,6 +452,31 @@ def test_leaves_the_job_and_comes_back(bed, submit, model, prompts, tmp_path):
     done = bed.run(command("--follow", folder, "--poll-s", "0.3"), cwd=ROOT, timeout=60)
     assert done.returncode == 0 and f"job {job} is complete" in done.stderr
     assert ids(folder / "out.jsonl") == list(range(1, 9))
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_steps_of_an_allocation(bed, model, prompts, tmp_path):
+    folder, bad = tmp_path / "it's 5%j", tmp_path / "bad"
+    good = command(*round_of(model, prompts, folder, *CPU, "--nodes", 2, "--inside", "--", "--max-new-tokens", 4))
+    fails = command(*round_of(model, prompts, bad, *CPU, "--inside", "--", "--max-context", 1))
+    large = command(*round_of(model, prompts, tmp_path / "large", *CPU, "--nodes", 3, "--inside"))
+    lines = [*(f"{shlex.join(each)}; echo status $?" for each in (good, fails, large)), 'echo "job $SLURM_JOB_ID"']
+    # GPUs that the steps do not ask for
+    wishes = ("-N2", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=1")
+    done = bed.run(["salloc", *wishes, "bash", "-c", "\n".join(lines)], cwd=ROOT, timeout=120)
+    assert re.findall(r"status (\d+)", done.stdout) == ["0", "2", "2"], done.stderr
+    job = re.search(r"job (\d+)", done.stdout)[1]
+    assert ids(folder / "out.jsonl") == list(range(1, 9)) and (folder / "out.png").exists()
+    assert {path.name for path in (folder / "logs").glob("rank-*")} == {"rank-0-node1.log", "rank-1-node2.log"}
+    assert (folder / "job.log").read_text() == ""
+    accounted = json.loads((folder / "sacct.json").read_text())
+    (step,) = accounted["records"]
+    assert step["id"] == f"{job}.0" and step["nodes"] == ["node1", "node2"] and "gpu" not in step["tres"]
+    assert accounted["state"] == "COMPLETED" and accounted["cpu_s"] == step["cpu_s"] > 2
+    assert "max_context" in done.stderr.split("last lines of ")[1] and "ended: FAILED (exit status 2)" in done.stderr
+    assert f"error: --nodes: found 3, legal is 1 to 2, which job {job} has" in done.stderr
+    assert ask(bed, "--status", folder).items() >= {"job": job, "state": "COMPLETED", "ended": True}.items()
 
 
 @pytest.mark.slurm
