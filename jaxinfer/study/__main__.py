@@ -101,8 +101,7 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
     if args.command != "run":
         return "nothing was changed"
     again = shlex.join(["python", "-m", PROGRAM, *sys.argv[1:]])
-    jobs = " (jobs that were submitted go on; it follows them)" if args.cluster else ""
-    return f"what is measured stays; go on with: {again}{jobs}"
+    return f"what is measured stays; go on with: {again}"
 
 
 def _seconds(text: str) -> float:
@@ -162,7 +161,7 @@ def _run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace, place: Any, cells: list[Any]) -> int:
     from jaxinfer.study.check import reasons
     from jaxinfer.study.command import command, environment, line
-    from jaxinfer.study.runner import is_done
+    from jaxinfer.study.folder import is_done
 
     wanted = [cell for cell in cells if args.only in (None, cell.experiment)]
     why = reasons(wanted, place)

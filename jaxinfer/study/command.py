@@ -23,6 +23,8 @@ def python() -> str:
 
 def command(cell: Cell, root: Path, place: Place) -> list[str]:
     """`root` is the study's folder."""
+    if place.cluster is not None:
+        root = root.absolute()  # a job has a working directory of its own
     folder, prompts = root / cell.folder, str(root / cell.prompts)
     declared = cell.model.declared
     if cell.reference:

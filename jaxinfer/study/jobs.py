@@ -10,20 +10,28 @@ ANSWER_S = 180.0  # a busy controller answers late, and slurm.submit waits for s
 
 
 class JobError(RuntimeError):
-    """What slurm.submit said, in one line."""
+    """What slurm.submit said, in one line; `status` is its exit status."""
+
+    def __init__(self, text: str, status: int = 1):
+        super().__init__(text)
+        self.status = status
 
 
 def submit(words: list[str]) -> str:
     """The job's id. Raises JobError."""
-    return str(_json(words, words)["job"])
+    return str(_answers(words)[-1]["job"])
 
 
-def status(folder: Path) -> dict[str, Any] | None:
-    """{"job", "state", "ended", ...}; None where no job was submitted for the folder. Raises JobError."""
-    if not (folder / "submit.json").exists():
-        return None
-    words = [sys.executable, "-m", "slurm.submit", "--status", str(folder)]
-    return _json(words, words)
+def status(folders: list[Path]) -> list[dict[str, Any]]:
+    """Of each: {"job", "state", "ended", "reason", "nodes", "results", "expected"}.
+
+    Raises:
+      JobError: Slurm does not answer (status 1), or no job was submitted for a folder (2).
+    """
+    found = _answers([sys.executable, "-m", "slurm.submit", "--status", *map(str, folders)])
+    if len(found) != len(folders):
+        raise JobError(f"slurm.submit: {len(found)} answers for {len(folders)} folders")
+    return found
 
 
 def collect(folder: Path, log: Path) -> int:
@@ -34,20 +42,21 @@ def collect(folder: Path, log: Path) -> int:
     return done.returncode
 
 
-def _json(words: list[str], shown: list[str]) -> dict[str, Any]:
+def _answers(words: list[str]) -> list[dict[str, Any]]:
     done = _run(words)
     if done.returncode:
-        raise JobError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+        said = done.stderr.strip().splitlines() or [f"{words[2]} ended with {done.returncode}"]
+        raise JobError(said[-1], done.returncode)
     try:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        raise JobError(f"slurm.submit: no answer in {done.stdout.strip()[-200:]!r}") from None
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    except ValueError:
+        raise JobError(f"{words[2]}: no answer in {done.stdout.strip()[-200:]!r}") from None
 
 
 def _run(words: list[str]) -> subprocess.CompletedProcess:
     try:
         return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=ANSWER_S)
     except subprocess.TimeoutExpired:
-        raise JobError(f"slurm.submit: no answer in {ANSWER_S:.0f} s") from None
+        raise JobError(f"{words[2]}: no answer in {ANSWER_S:.0f} s") from None
     except OSError as error:
         raise JobError(f"{words[0]}: {error.strerror}") from None

@@ -1,9 +1,8 @@
 """Runs the cells of a study that are not measured yet, one after the other or as jobs, and keeps what came of them."""
 
+import errno
 import os
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from itertools import groupby
@@ -11,43 +10,50 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from tqdm import tqdm
 
-from jaxinfer import __version__
 from jaxinfer.checkpoint.files import write_json, write_whole
 from jaxinfer.study import jobs
-from jaxinfer.study.command import OUTPUT, PROFILE, command, environment, script
+from jaxinfer.study.command import PROFILE, command, environment, script
 from jaxinfer.study.errors import StudyError
 from jaxinfer.study.expand import Cell
 from jaxinfer.study.file import Study
-from jaxinfer.study.identity import code, differences
+from jaxinfer.study.folder import (
+    METRICS,
+    Say,
+    describe,
+    has_job,
+    is_done,
+    mark_orphans,
+    prepare,
+    verdict,
+    write_study,
+)
 from jaxinfer.study.place import Place
 from jaxinfer.study.process import ended, run
-from jaxinfer.study.prompts import encoded
-from jaxinfer.study.state import cells_there, locked, now, read_json, read_state, write_state
+from jaxinfer.study.state import locked, now, read_json, read_state, write_state
 
-METRICS = "out.metrics.json"
 LOG = Path("logs") / "command.log"
 FULL = 1 << 20  # bytes free below which a disk is full
 QUIET = 5  # looks at the queue without an answer, one after another, before we give up
+NO_JOB = 2  # exit status of slurm.submit --status
 
-Say = Callable[[str], None]
 
-
-@attrs.frozen
+@attrs.define
 class Runner:
-    """`why`: cell to the reason it is not run; `keep`: the lock's file descriptor."""
+    """`keep`: the lock's file descriptor; `bar`: of the cells that are to run."""
 
     root: Path
     place: Place
     keep: int
     say: Say
     poll_s: float
-    total: int
+    bar: tqdm
+    count: int = 0
 
     def run(self, cells: list[Cell]) -> None:
-        """All that are not done, in their order."""
-        here = [cell for cell in cells if self._state(cell)["state"] not in ("done", "skipped")]
-        for _, group in groupby(here, key=lambda cell: cell.experiment):
+        """In their order; on a cluster, all cells of an experiment at once."""
+        for _, group in groupby(cells, key=lambda cell: cell.experiment):
             together: list[Cell] = []
             for cell in group:
                 if self.place.cluster is None or self.place.inside or cell.reference:
@@ -58,8 +64,21 @@ class Runner:
                     together.append(cell)
             self._run_jobs(together)
 
-    def _state(self, cell: Cell) -> dict[str, Any]:
-        return read_state(self.root / cell.folder)
+    def _run_here(self, cell: Cell) -> None:
+        folder, log = self.root / cell.folder, self.root / cell.folder / LOG
+        if why := self._lacks(cell):
+            self._end(cell, why)
+            return
+        state = self._begin(cell)
+        self._tell(cell, f"runs, its output in {log}")
+        self.bar.set_description(cell.label)
+        words, variables = command(cell, self.root, self.place), environment(cell, self.place)
+        try:
+            status = run(words, variables, log, self.keep, self.bar.refresh, self.place.inside and not cell.reference)
+        except KeyboardInterrupt:
+            write_state(folder, state, state="waiting", why="interrupted", ended=now())
+            raise
+        self._end(cell, ended(status, log) if status else verdict(cell, folder))
 
     def _begin(self, cell: Cell) -> dict[str, Any]:
         """An empty folder, and a state that says whose attempt it is."""
@@ -78,128 +97,96 @@ class Runner:
         attempts = state["attempts"] + 1
         return write_state(folder, state, state="running", began=now(), ended=None, attempts=attempts)
 
-    def _run_here(self, cell: Cell) -> None:
-        folder, log = self.root / cell.folder, self.root / cell.folder / LOG
-        if why := self._lacks(cell):
-            self._end(cell, why)
-            return
-        state = self._begin(cell)
-        self.say(f"{cell.label}: {shlex.quote(str(folder))}")
-        try:
-            status = run(
-                command(cell, self.root, self.place), environment(cell, self.place), log, self.keep,
-                step=self.place.inside and not cell.reference,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            write_state(folder, state, state="waiting", why="interrupted", ended=now())
-            raise
-        self._end(cell, ended(status, log) if status else verdict(cell, folder))
-
     def _run_jobs(self, cells: list[Cell]) -> None:
-        """Submits those without a job, follows all until they have ended."""
-        followed = [cell for cell in cells if self._submitted(cell)]
-        failures = 0
-        while followed:
-            time.sleep(self.poll_s)
-            for cell in list(followed):
+        """Submits those that have no job, and follows all to their ends."""
+        followed: dict[Cell, dict[str, Any]] = {}
+        try:
+            for cell in cells:
+                if self._submit(cell):
+                    followed[cell] = {}
+            failures = 0
+            while followed:
+                time.sleep(self.poll_s)
                 try:
-                    told, failures = jobs.status(self.root / cell.folder), 0
+                    found = jobs.status([self.root / cell.folder for cell in followed])
+                    failures = 0
                 except jobs.JobError as error:
                     failures += 1
-                    self.say(f"{cell.label}: {error}")
-                    if failures >= QUIET * len(followed):
-                        raise StudyError(f"Slurm does not answer; the jobs go on, {AGAIN} follows them") from None
+                    self.say(f"Slurm: {error}")
+                    if failures == QUIET:
+                        raise StudyError(
+                            "Slurm does not answer; the jobs go on, the same command follows them"
+                        ) from None
                     continue
-                if told is None or told["ended"]:
-                    followed.remove(cell)
-                    self._collect(cell, told)
+                for cell, told in zip(list(followed), found):
+                    self._look(cell, followed.pop(cell), told)
+                    if told["ended"]:
+                        self._collect(cell, told)
+                    else:
+                        followed[cell] = told
+        except KeyboardInterrupt:
+            ids = [str(read_state(self.root / cell.folder)["job"]) for cell in followed]
+            if ids:
+                self.say(f"the jobs go on, and the same command follows them; scancel {' '.join(ids)} ends them")
+            raise
 
-    def _submitted(self, cell: Cell) -> bool:
+    def _submit(self, cell: Cell) -> bool:
+        """Whether there is a job to follow."""
         folder = self.root / cell.folder
-        try:
-            # the job of a study that was killed or interrupted goes on: it is followed, not run again
-            told = jobs.status(folder) if self._state(cell)["state"] != "failed" else None
-            if told is not None:
-                write_state(folder, read_state(folder), state="running", job=str(told["job"]))
-                self.say(f"{cell.label}: job {told['job']} of before, {told['state']}")
+        if has_job(folder):  # the one of a study that was killed or interrupted goes on; it is not run again
+            try:
+                [told] = jobs.status([folder])
+                write_state(folder, read_state(folder), state="running", why=None, job=str(told["job"]))
+                self._tell(cell, f"job {told['job']}, submitted before")
                 return True
-            if why := self._lacks(cell):
-                self._end(cell, why)
-                return False
-            state = self._begin(cell)
+            except jobs.JobError as error:
+                if error.status != NO_JOB:
+                    raise StudyError(f"Slurm does not answer: {error}") from None
+        if why := self._lacks(cell):
+            self._end(cell, why)
+            return False
+        state = self._begin(cell)
+        try:
             job = jobs.submit(command(cell, self.root, self.place))
         except jobs.JobError as error:
             self._end(cell, f"not submitted: {error}")
             return False
         write_state(folder, state, job=job)
-        self.say(f"{cell.label}: job {job}")
+        self._tell(cell, f"job {job}")
         return True
 
-    def _collect(self, cell: Cell, told: dict[str, Any] | None) -> None:
+    def _look(self, cell: Cell, before: dict[str, Any], told: dict[str, Any]) -> None:
+        if told["state"] != before.get("state"):
+            more = told.get("nodes") or told.get("reason")
+            self._tell(cell, f"job {told['job']}: {told['state']}{f' ({more})' if more else ''}")
+        self.bar.refresh()
+
+    def _collect(self, cell: Cell, told: dict[str, Any]) -> None:
         folder, log = self.root / cell.folder, self.root / cell.folder / "logs" / "collect.log"
         try:
             status = jobs.collect(folder, log)
         except jobs.JobError as error:
             self._end(cell, str(error))
             return
-        if status:
-            state = told["state"] if told else "no job"
-            self._end(cell, f"job {told['job'] if told else '?'}: {state}; {ended(status, log)}")
-        else:
-            self._end(cell, verdict(cell, folder))
+        why = f"job {told['job']}: {told['state']}; {ended(status, log)}" if status else verdict(cell, folder)
+        self._end(cell, why)
 
     def _lacks(self, cell: Cell) -> str:
         if cell.after is not None and not (self.root / cell.after.folder / PROFILE).exists():
-            return f"{cell.after.label} left no {PROFILE} for stage_layers: measured"
+            return f"{cell.after.label} left no {PROFILE}, by which stage_layers is measured"
         return ""
 
     def _end(self, cell: Cell, why: str) -> None:
         folder = self.root / cell.folder
-        state = read_state(folder)
-        write_state(folder, state, state="failed" if why else "done", why=why or None, ended=now())
-        self.say(f"{cell.label}: {f'FAILED: {why}' if why else f'measured{_figures(folder)}'}")
+        write_state(folder, read_state(folder), state="failed" if why else "done", why=why or None, ended=now())
+        self.bar.update()
+        self.count += 1  # the bar counts on a terminal alone
+        self._tell(cell, f"FAILED: {why}" if why else f"measured{_figures(folder)}")
         if why and shutil.disk_usage(self.root).free < FULL:
-            raise OSError(28, os.strerror(28), str(self.root))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.root))
 
-
-AGAIN = "the same command"
-
-
-def verdict(cell: Cell, folder: Path) -> str:
-    """Why what a command left is no measurement, after it ended well; "" if it is one."""
-    if cell.reference:
-        try:
-            with open(folder / OUTPUT, "rb") as file:
-                lines = sum(line.endswith(b"\n") for line in file)
-        except OSError:
-            lines = 0
-        return "" if lines >= len(cell.lines) else f"{lines} of {len(cell.lines)} results are there"
-    found = read_json(folder / METRICS)
-    if not found:
-        return f"{METRICS} is not there"
-    if found.get("unfinished"):
-        return f"{found['unfinished']} requests are unfinished"
-    if found.get("failed"):
-        return f"{found['failed']} samples ended with an error: {found.get('first_failure')}"
-    return ""
-
-
-def describe(cell: Cell, root: Path, place: Place) -> dict[str, Any]:
-    """cell.json. A cell without seats has no command."""
-    return {
-        "experiment": cell.experiment,
-        "kind": cell.kind,
-        "model": cell.model.name,
-        "cell": cell.name,
-        "hash": cell.hash,
-        "role": cell.role,
-        "x": cell.x,
-        "settings": cell.settings,
-        "command": command(cell, root, place) if cell.seats else None,
-        "environment": environment(cell, place) if cell.seats else {},
-        "device_kind": cell.device_kind,
-        "identity": cell.identity,
-    }
+    def _tell(self, cell: Cell, text: str) -> None:
+        self.say(f"[{self.count}/{self.bar.total}] {cell.label}: {text}")
 
 
 def run_study(
@@ -221,89 +208,21 @@ def run_study(
     """
     wanted = [cell for cell in cells if only in (None, cell.experiment)]
     with locked(root, say) as keep:
-        _write_study(study, path, cells, place, root)
+        write_study(study, path, cells, place, root)
         measured = [cell for cell in wanted if is_done(cell, root)]
         left = [cell for cell in wanted if cell not in measured]
         why = reasons(left)
         for cell in left:
-            _prepare(cell, why.get(cell.folder, cell.why), place, root)
-        _mark_orphans(cells, root, say)
+            prepare(cell, why.get(cell.folder, cell.why), place, root)
+        mark_orphans(cells, root, say)
         skipped = [cell for cell in left if read_state(root / cell.folder)["state"] == "skipped"]
         say(_heading(study, wanted, measured, skipped, place))
         for cell in skipped:
             say(f"{cell.label}: skipped: {read_state(root / cell.folder)['why']}")
-        Runner(root, place, keep, say, poll_s, len(wanted)).run(left)
+        todo = [cell for cell in left if cell not in skipped]
+        with tqdm(total=len(todo), unit=" cell", dynamic_ncols=True, disable=None) as bar:
+            Runner(root, place, keep, say, poll_s, bar).run(todo)
         return _conclude(wanted, root, say)
-
-
-def is_done(cell: Cell, root: Path) -> bool:
-    folder = root / cell.folder
-    return read_state(folder)["state"] == "done" and not verdict(cell, folder)
-
-
-def _write_study(study: Study, path: Path, cells: list[Cell], place: Place, root: Path) -> None:
-    from jaxinfer.telemetry.manifest import git_commit
-
-    write_whole(root / "study.yaml", path.read_bytes())
-    for name in {cell.prompts: cell for cell in cells if cell.seats}:
-        if not (root / name).exists():
-            cell = next(each for each in cells if each.prompts == name)
-            write_whole(root / name, encoded(cell.lines))
-    models = {cell.model.name: cell.model for cell in cells}
-    write_json(root / "lock.json", {
-        "study": study.study,
-        "file": str(path),
-        "run": now(),
-        "command": sys.argv,
-        "versions": {"jaxinfer": __version__, "python": sys.version.split()[0], **_versions()},
-        "commit": git_commit(Path(__file__).parent),
-        "code": code(),
-        "cluster": place.cluster,
-        "device_kind": place.device_kind,
-        "models": {name: attrs.asdict(each.declared) | {"identity": each.identity} for name, each in models.items()},
-        "prompts": sorted({cell.prompts for cell in cells}),
-        "cells": [cell.folder for cell in cells],
-    })  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    from jaxinfer.telemetry.manifest import PACKAGES
-
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _prepare(cell: Cell, why: str, place: Place, root: Path) -> None:
-    """Writes what the cell is; its state becomes waiting or skipped, but for one that failed and is tried again."""
-    folder = root / cell.folder
-    state = read_state(folder)
-    write_json(folder / "cell.json", describe(cell, root, place))
-    if why:
-        write_state(folder, state, state="skipped", why=why)
-    elif state["state"] == "done":
-        write_state(folder, state, state="waiting", why=f"it was measured, but {verdict(cell, folder)}")
-    elif state["state"] in ("skipped", "running"):
-        write_state(folder, state, state="waiting", why=None if state["state"] == "skipped" else "interrupted")
-    elif not (folder / "state.json").exists():
-        write_state(folder, state)
-
-
-def _mark_orphans(cells: list[Cell], root: Path, say: Say) -> None:
-    """Says which cells of the folder are none of this study file's, and why; they stay, and say it themselves."""
-    mine = {cell.folder: cell for cell in cells}
-    for folder in cells_there(root):
-        name, state = str(folder.relative_to(root)), read_state(folder)
-        orphan = name not in mine
-        if state.get("orphan", False) != orphan:
-            write_state(folder, state, orphan=orphan)
-        if orphan:
-            told = read_json(folder / "cell.json")
-            place = folder.parent.name, told.get("cell")
-            near = next((each for each in cells if (each.experiment, each.name) == place), None)
-            changed = differences(told.get("identity", {}), near.identity) if near else []
-            what = f"changed: {', '.join(changed)}" if changed else "the study file has no such cell any more"
-            say(f"{name}: an orphan, which stays ({what})")
 
 
 def _heading(study: Study, cells: list[Cell], measured: list[Cell], skipped: list[Cell], place: Place) -> str:
