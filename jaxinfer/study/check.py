@@ -4,10 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxinfer.engine.params import SamplingParams
+from jaxinfer.study.errors import StudyError
 from jaxinfer.study.expand import Cell
 from jaxinfer.study.place import Place
 from jaxinfer.study.prompts import check_line
@@ -47,25 +45,26 @@ def reasons(cells: list[Cell], place: Place) -> dict[str, str]:
 
 
 def find(cells: list[Cell], place: Place, times: bool = True) -> list[Finding]:
-    """Asks `jaxinfer.plan` in processes of its own, once for each distinct question."""
+    """Asks `jaxinfer.plan`, once for each distinct question.
+
+    Raises:
+      StudyError: it does not answer.
+    """
     asked = {cell.folder: _fit_question(cell, place) for cell in cells}
     fits = _ask([each for each in asked.values() if each])
     found = []
     for cell in cells:
-        plan = fits.get(asked[cell.folder] or ())
-        layout = plan["layouts"][0] if plan and plan.get("layouts") else {}
-        why = cell.why
-        if not why and plan:
-            # a plan says of a batch too that it does not fit; the engine lets it wait
-            why = plan.get("error") or ("" if "predicted" in layout else layout.get("reason", ""))
+        layout = fits.get(asked[cell.folder] or (), {})
+        # a plan says of a batch too that it does not fit; the engine lets it wait
+        why = cell.why or layout.get("error") or ("" if "predicted" in layout else layout.get("reason", ""))
         memory = layout.get("memory", {})
         found.append(Finding(cell, why, memory["weights"] + memory["workspace"] if memory else None))
     if not times:
         return found
     asked = {each.cell.folder: _time_question(each.cell, place) for each in found if not each.why}
-    plans = _ask([each for each in asked.values() if each])
-    answers = {folder: plans.get(question or ()) for folder, question in asked.items()}
-    return [attrs.evolve(each, seconds=_seconds(each.cell, answers.get(each.cell.folder))) for each in found]
+    layouts = _ask([each for each in asked.values() if each])
+    answers = {folder: layouts.get(question or (), {}) for folder, question in asked.items()}
+    return [attrs.evolve(each, seconds=_seconds(each.cell, answers.get(each.cell.folder, {}))) for each in found]
 
 
 Question = tuple[str, ...]
@@ -117,31 +116,24 @@ def _time_question(cell: Cell, place: Place) -> Question | None:
     return tuple(words)
 
 
-def _seconds(cell: Cell, plan: dict[str, Any] | None) -> float | None:
-    layout = plan["layouts"][0] if plan and plan.get("layouts") else {}
+def _seconds(cell: Cell, layout: dict[str, Any]) -> float | None:
     predicted = layout.get("predicted")
     return sum(_new_tokens(cell)) / predicted["tokens_per_s"] if predicted and predicted["tokens_per_s"] else None
 
 
 def _ask(questions: Sequence[Question]) -> dict[Question, dict[str, Any]]:
-    """Each answer is what --json wrote, or {"error": text}."""
+    """Each answer is a layout, or {"error": text}."""
     distinct = list(dict.fromkeys(questions))
     if not distinct:
         return {}
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
-        files = [Path(scratch) / f"{place}.json" for place in range(len(distinct))]
-        return dict(zip(distinct, pool.map(_plan, distinct, files)))
-
-
-def _plan(question: Question, file: Path) -> dict[str, Any]:
-    words = [sys.executable, "-m", "jaxinfer.plan", *question, "--json", str(file)]
+    words = [sys.executable, "-m", "jaxinfer.study.plans"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # a plan needs no GPU, and must take none
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=environment)
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        said = (done.stderr.strip().splitlines() or [f"jaxinfer.plan ended with {done.returncode}"])[-1]
-        return {"error": said.removeprefix("jaxinfer.plan: error: ")}
+    asked = json.dumps(distinct)
+    done = subprocess.run(words, input=asked, capture_output=True, text=True, errors="replace", env=environment)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise StudyError(f"jaxinfer.study.plans: {said[-1]}")
+    return dict(zip(distinct, json.loads(done.stdout)))
 
 
 def show(findings: list[Finding], place: Place) -> int:
