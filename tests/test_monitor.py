@@ -2,7 +2,12 @@
 
 import argparse
 import csv
+import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pynvml
 import pytest
@@ -29,6 +34,7 @@ from jaxinfer.telemetry.samples import (
     to_row,
 )
 from nvml_card import UNSIGNED_INT, Card
+from processes import free_port, own_environment
 
 
 @pytest.fixture
@@ -291,3 +297,22 @@ def test_a_part_that_is_not_to_be_found_is_told(card, tmp_path, capsys):
     watch = Watch(Monitor([own()], tmp_path / "elsewhere.csv", 0, "node0", 0.0), output, 1, 0.0)
     end_watch(Run("jaxinfer.generate", argparse.Namespace(), Alone(20.0)), watch, (0.0, 9.0), 30)
     assert f"lacks what is not to be found from here: {part_path(output, 0)}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_agree_on_when_the_first_one_began():
+    """On one host all read one clock, so that they can be held to the error that they tell."""
+    port, tests = free_port(), Path(__file__).parent
+    environment = own_environment(PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests)]))
+    command = [sys.executable, str(tests / "clock_worker.py"), f"127.0.0.1:{port}", "2"]
+    started = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    try:
+        told = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert told[0] == [told[0][0], told[0][0], 0.0]
+    for began, zero, error in told[1:]:
+        assert 0 < error < 60 and abs(zero - told[0][0]) <= error and began != zero

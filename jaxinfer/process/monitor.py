@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxinfer.telemetry.clock import Passage, apart
 from jaxinfer.telemetry.gpu_summary import run_energy
 from jaxinfer.telemetry.gpus import own_gpus
 from jaxinfer.telemetry.monitor import Monitor
+from jaxinfer.telemetry.nvml import Gpu
 from jaxinfer.telemetry.rapl import Rapl
 from jaxinfer.telemetry.samples import merge, merged_path, part_path, sample_files
 
@@ -62,12 +64,12 @@ def begin_watch(run: Run, began: float) -> Watch | None:
     if distributed.share(stream):
         return None
     try:
-        devices = _own_devices(run.args.mesh)
+        devices = gpus_on(parse_mesh(run.args.mesh))
     except LayoutError:
         return None  # loading the model says it
-    zero, error = _zero(began)
+    zero, error = run_zero(began)
     hosts = distributed.hosts()
-    gpus = own_gpus(devices, visible_devices(os.environ))
+    gpus = [gpu for gpu in devices if gpu is not None]
     if not gpus:
         return Watch(None, output, len(devices), error)
     # what RAPL counts is of the whole host: one process looks
@@ -76,8 +78,8 @@ def begin_watch(run: Run, began: float) -> Watch | None:
     return Watch(monitor, output, len(devices), error)
 
 
-def _own_devices(mesh: str) -> list[int]:
-    """Numbers, among the GPUs that CUDA shows here, of this process's devices on the mesh.
+def gpus_on(mesh: Mapping[str, int]) -> list[Gpu | None]:
+    """This process's devices on the mesh; None for one that NVML does not know.
 
     Raises:
       LayoutError: no such mesh.
@@ -86,12 +88,15 @@ def _own_devices(mesh: str) -> list[int]:
 
     from jaxinfer.parallel.mesh import make_mesh
 
-    devices = make_mesh(parse_mesh(mesh)).devices.flat
-    return [device.local_hardware_id for device in devices if device.process_index == jax.process_index()]
+    devices = [each for each in make_mesh(dict(mesh)).devices.flat if each.process_index == jax.process_index()]
+    numbers = [each.local_hardware_id for each in devices if each.platform != "cpu"]
+    found = {gpu.device: gpu for gpu in own_gpus(numbers, visible_devices(os.environ))}
+    return [found.get(each) for each in numbers]
 
 
-def _zero(began: float) -> tuple[float, float]:
-    """When the first process's run began, by this one's ``time.perf_counter``, and the most by which that is wrong."""
+def run_zero(began: float) -> tuple[float, float]:
+    """When the first process's run began, by this one's ``time.perf_counter``, and the most by which that is wrong, in
+    seconds. All processes call it; `began` is each one's own."""
     import jax
 
     if jax.process_count() == 1:

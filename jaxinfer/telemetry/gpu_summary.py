@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxinfer.telemetry.energy import LEAST_WINDOW_S, Energy
-from jaxinfer.telemetry.samples import Sample
+from jaxinfer.telemetry.samples import MEASURED, Sample
 
 NOTE = "GPUs only"
 
@@ -45,7 +45,7 @@ class _Window:
         if not self._began <= sample.time_s <= self._ended:
             return
         self._samples += 1
-        for name, value in zip(Sample._fields[5:], sample[5:]):
+        for name, value in zip(MEASURED, sample[-len(MEASURED) :]):
             if name != "throttle":
                 self._figures.setdefault(name, _Figure()).add(value)
         if sample.throttle is not None:
@@ -54,7 +54,7 @@ class _Window:
                 self._reasons[reason] = self._reasons.get(reason, 0) + 1
 
     def summary(self, name: str) -> dict[str, Any]:
-        figures = {each: self._figures.get(each, _Figure()) for each in Sample._fields[5:]}
+        figures = {each: self._figures.get(each, _Figure()) for each in MEASURED}
         utilization, power, clock = (figures[each] for each in ("utilization_percent", "power_w", "sm_clock_mhz"))
         joules = self._energy.joules()
         return self._place | {

@@ -15,15 +15,18 @@ def own_gpus(devices: Sequence[int], visible: Sequence[str] | None) -> list[Gpu]
     is unset. Empty where NVML does not run; a GPU that it does not know is left out.
 
     CUDA itself is asked who its devices are, since its order need not be NVML's: it puts the fastest first."""
-    if ask(False, _started) is False:
+    if not nvml_runs():
         return []
     handles = {device: _handle(device, visible) for device in devices}
     return [Gpu(device, handle) for device, handle in handles.items() if handle is not None]
 
 
-def _started() -> bool:
-    pynvml.nvmlInit()
-    return True
+def nvml_runs() -> bool:
+    try:
+        pynvml.nvmlInit()
+        return True
+    except pynvml.NVMLError:
+        return False
 
 
 def _handle(device: int, visible: Sequence[str] | None) -> Any:

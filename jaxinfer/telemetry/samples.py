@@ -40,6 +40,7 @@ class Sample(NamedTuple):
 
 
 COLUMNS = Sample._fields
+MEASURED = COLUMNS[5:]
 DIGITS = {"time_s": 4, "power_w": 3, "energy_j": 3}
 TEXTS = {"host", "uuid", "throttle"}
 FLOATS = {"time_s", "power_w", "energy_j", *(name for name in COLUMNS if name.endswith("_per_s"))}
