@@ -13,10 +13,12 @@ from jaxinfer.cluster.pulse import Alone, Pulse
 from jaxinfer.engine.request import Output, Request, Update
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import Writer, beside, output_line
+from jaxinfer.process.monitor import Watch, end_watch
 from jaxinfer.process.run import Run
 from jaxinfer.telemetry.metrics import RunMetrics
 from jaxinfer.telemetry.profile import Profile
 from jaxinfer.telemetry.progress import Progress
+from jaxinfer.telemetry.samples import merged_path
 
 Life = Pulse | Alone
 
@@ -39,13 +41,14 @@ def run_batch(
     shows: bool,
     counts: dict[str, int],
     profile: Profile | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Runs `requests`, which `llm` has, and returns the figures; only the first process shows, and has the
     `writer`. A sample whose logits are NaN or infinite ends with an error record, and the others go on.
 
     After a stop signal it lets nothing new begin, finishes what it can in time and puts the rest back: nothing of a
     request that has not finished stays in the output, so that the same command does it again. `profile` traces some of
-    the steps.
+    the steps; `watch` ends with the work.
 
     Raises:
       OutputError: the disk does not take a result; what was written before is whole.
@@ -53,6 +56,8 @@ def run_batch(
     metrics, phases = RunMetrics(), run.phases
     if writer is not None:
         note_unfinished(writer, len(requests), fresh=True)
+        if not writer.stream:
+            merged_path(writer.path).unlink(missing_ok=True)  # the samples of an earlier run
     bar = Progress("generate", "requests", len(requests), shown=run.first)
     left = Counter({name: request.params.n for name, request in requests.items()})
 
@@ -84,6 +89,7 @@ def run_batch(
 
     summary = counts | {"unfinished": unfinished, "stopped_by": stopped_by, "decode_sum": llm.engine.decode_sum}
     summary |= metrics.summary(asdict(llm.engine.stats), jax.devices()[0].device_kind)
+    summary |= end_watch(run, watch, metrics.window, metrics.output_tokens)
     summary["phases"] = _phases(run, llm)
     if writer is not None:
         writer.note("metrics", summary)

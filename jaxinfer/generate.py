@@ -26,6 +26,7 @@ from jaxinfer.process.agree import same_everywhere
 from jaxinfer.process.errors import memory, usage
 from jaxinfer.process.join import join, leave
 from jaxinfer.process.model import choose_layers, choose_mesh, find_manifest, load_model
+from jaxinfer.process.monitor import Watch, watching
 from jaxinfer.process.parse import parse_together
 from jaxinfer.process.run import Run, find_process, start
 from jaxinfer.screen import escape_unencodable
@@ -65,8 +66,9 @@ input lines (.jsonl):
 output lines:
   id, index (0 to n-1), text, token_ids, finish_reason (stop or length), limit (of a length: max_new_tokens, or
   context where the model has no room for so many), prompt_tokens, completion_tokens, ttft_s, latency_s, and logprobs
-  where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command), OUT.metrics.json, and OUT.profile.json
-  of --profile (where each device's time went). A pipe
+  where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command), OUT.metrics.json, OUT.profile.json
+  of --profile (where each device's time went), and on NVIDIA GPUs OUT.gpu.csv of --monitor (a line per sample and GPU,
+  in seconds since the first process began; an empty cell was not measured). A pipe
   or a device (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
   Logits that are NaN or infinite end a sample, no other, as {"id": ..., "index": ..., "error": ...};
   the next run of the same command tries it again, and with another --dtype and --resume-anyway those alone.
@@ -182,8 +184,8 @@ def _finish(run: Run, records: list[InputRecord | InputError], finished: set[str
     args = run.args
     todo = [record for record in records if isinstance(record, InputError) or record.id not in finished]
     if any(isinstance(record, InputRecord) for record in todo):
-        with memory():
-            _run(run, todo, len(finished), writer)
+        with memory(), watching(run) as watch:
+            _run(run, todo, len(finished), writer, watch)
     else:
         _write_errors(run, todo, writer)
         if finished:
@@ -277,7 +279,9 @@ def _digest(args: argparse.Namespace, records: list[InputRecord | InputError]) -
     return xxhash.xxh3_128_digest("\n".join(parts).encode())
 
 
-def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: Writer | None) -> None:
+def _run(
+    run: Run, todo: list[InputRecord | InputError], already: int, writer: Writer | None, watch: Watch | None
+) -> None:
     """Loads the model, runs the records, writes what comes of them; a bad record gives way to its error in `todo`."""
     from jaxinfer.batch import run_batch
     from jaxinfer.profiled import conclude
@@ -309,7 +313,7 @@ def _run(run: Run, todo: list[InputRecord | InputError], already: int, writer: W
     if args.profile is not None:
         with usage():
             profile = Profile(Path(args.profile), *args.profile_steps, run.rank)
-    summary = run_batch(llm, requests, run, writer, shows, counts, profile)
+    summary = run_batch(llm, requests, run, writer, shows, counts, profile, watch)
     if profile is not None:
         summary |= conclude(run, profile, llm.engine, writer)
     if run.first:

@@ -61,11 +61,14 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_profile_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("profiling")
+    group = parser.add_argument_group("profiling and monitoring")
     what = "write an XLA trace of some steps, a folder per process, for tensorboard --logdir DIR"
     group.add_argument("--profile", metavar="DIR", help=what)
     what = "which steps, from 0: a dispatch each, the early ones compile (default: 20:30)"
     group.add_argument("--profile-steps", type=_steps, default=(20, 30), metavar="FIRST:LAST", help=what)
+    what = "sample the GPUs ten times a second into OUT.gpu.csv: use, memory, power, energy, temperature, clocks, "
+    what += "traffic (default: auto, where there is an output and NVML)"
+    group.add_argument("--monitor", choices=("auto", "off"), default="auto", help=what)
 
 
 def _steps(text: str) -> tuple[int, int]:

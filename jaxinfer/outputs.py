@@ -18,7 +18,7 @@ from jaxinfer.checkpoint import files
 from jaxinfer.checkpoint.files import is_stream, write_all
 from jaxinfer.engine.request import Output
 from jaxinfer.inputs import InputError, InputRecord
-from jaxinfer.telemetry.samples import sample_files
+from jaxinfer.telemetry.samples import merged_path, part_files
 
 SYNC_SECONDS = 5.0
 READER_SECONDS = 30.0  # for the reader of a named pipe to come
@@ -319,7 +319,7 @@ def take_back(path: Path) -> None:
                 for each in (path, beside(path, "run"), beside(path, "metrics")):
                     each.unlink(missing_ok=True)
                     each.with_name(f"{each.name}.partial").unlink(missing_ok=True)  # of a process that was killed
-                for each in sample_files(path):
+                for each in (merged_path(path), *part_files(path)):
                     each.unlink(missing_ok=True)
     except (OSError, OutputError):
         pass  # gone, or another run's by now

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import draw, floor, latency, throughput
+from benchmarks import draw, floor, latency, monitor, throughput
 from benchmarks.common import fields
 from benchmarks.draw import DrawError, read
 from benchmarks.limits import Limits
@@ -156,6 +156,7 @@ def test_throughput_counts_tokens(tmp_path, monkeypatch):
         (latency, "--model tiny --batch 1 --prompt-tokens 4090 --new-tokens 9", "4,099 together, legal is the model's"),
         (latency, "--model none.json --peer", "model: 'none.json': No such file"),
         (latency, "--model tiny --json /dev/null/x.json", "/dev/null/x.json: cannot be written"),
+        (monitor, "--model tiny --rounds 1", "legal is at least 2"),
         (throughput, "--model tiny --prompt-range 9:3", "legal is LOW:HIGH"),
         (draw, "none.json --output x.png", "none.json: No such file"),
     ],

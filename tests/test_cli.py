@@ -318,12 +318,29 @@ def test_what_is_refused_leaves_no_output_and_takes_none_away(tiny, tmp_path, mo
     prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}])
     out = tmp_path / "out.jsonl"
     arguments = ("--model", tiny, "--prompts", prompts, "--output", out, "--max-new-tokens", 2)
+    (tmp_path / "out.gpu.csv").touch()
+    (tmp_path / "out.gpu.rank-7.csv").touch()  # of a run that was killed
     assert in_process(monkeypatch, capsys, *arguments, "--mesh", "stage=5")[0] == 2
     assert list(tmp_path.iterdir()) == [prompts]
     assert in_process(monkeypatch, capsys, *arguments, "--mesh", "tensor=1")[0] == 0
     whole = out.read_bytes()
     assert in_process(monkeypatch, capsys, *arguments[:-1], 3, "--mesh", "stage=5")[0] == 2
     assert out.read_bytes() == whole
+
+
+def test_without_a_gpu_nothing_is_watched(tiny, tmp_path, monkeypatch, capsys):
+    prompts = write_lines(tmp_path / "in.jsonl", [{"prompt_token_ids": [3, 4]}])
+    out, samples = tmp_path / "out.jsonl", tmp_path / "out.gpu.csv"
+    arguments = ("--model", tiny, "--prompts", prompts, "--output", out, "--max-new-tokens", 2, "--mesh", "tensor=1")
+    samples.touch()  # of earlier runs
+    (tmp_path / "out.gpu.rank-0.csv").touch()
+    assert in_process(monkeypatch, capsys, *arguments, "--monitor", "auto")[0] == 0
+    metrics = json.loads((tmp_path / "out.metrics.json").read_text())
+    assert metrics["gpus"] is None and metrics["energy"] is None
+    assert {path.name.partition(".")[2] for path in tmp_path.glob("out.*")} == {"jsonl", "run.json", "metrics.json"}
+    samples.touch()
+    assert in_process(monkeypatch, capsys, *arguments)[0] == 0
+    assert samples.exists(), "nothing ran: they are still those of the results"
 
 
 def test_an_output_that_is_no_file_takes_lines_and_nothing_else(tiny, tmp_path, monkeypatch, capsys):

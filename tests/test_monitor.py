@@ -28,9 +28,9 @@ from jaxinfer.telemetry.samples import (
     from_row,
     merge,
     merged_path,
+    part_files,
     part_path,
     read_samples,
-    sample_files,
     to_row,
 )
 from nvml_card import UNSIGNED_INT, Card
@@ -130,9 +130,12 @@ def test_parts_become_one_file_in_order_of_time(tmp_path):
         part.close()
     with open(part_path(output, 1), "a") as file:
         file.write("0.9,1\n0.9,1,node1,0,GPU-1-0,4")  # a disk that was full, a process that was killed
-    assert [path.name for path in sample_files(output)] == ["out.gpu.rank-0.csv", "out.gpu.rank-1.csv"]
+    for name in ("out.gpu.csv", "out.gpu.csv.partial", "another.gpu.rank-0.csv"):
+        (tmp_path / name).write_text("of another run")
+    found = [path.name for path in part_files(output)]
+    assert found == ["out.gpu.csv.partial", "out.gpu.rank-0.csv", "out.gpu.rank-1.csv"]
     merge([part_path(output, rank) for rank in (0, 1)], merged_path(output))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gpu.csv"] == [path.name for path in sample_files(output)]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gpu.csv", "another.gpu.rank-0.csv"}
     with open(tmp_path / "out.gpu.csv", newline="") as file:
         lines = list(csv.reader(file))
     assert lines[0] == list(COLUMNS) and len(lines) == 1 + 12
@@ -288,8 +291,8 @@ def test_the_monitors_of_a_run_leave_one_file_and_its_figures(card, tmp_path, ca
     assert [gpu["clock_error_s"] for gpu in found["gpus"]] == [0.0] and found["gpus"][0]["samples"] > 1
     assert found["energy"]["gpu_j"] is None, "the window began before the first sample"
     assert capsys.readouterr().err == "" and watch.peaks() == {0: 5 << 30}
-    nobody = end_watch(run, Watch(None, output, 1, 0.0), (1.0, 2.0), 30)
-    assert nobody == {"gpus": None, "energy": None}
+    for nobody in (None, Watch(None, output, 1, 0.0)):
+        assert end_watch(run, nobody, (1.0, 2.0), 30) == {"gpus": None, "energy": None}
 
 
 def test_a_part_that_is_not_to_be_found_is_told(card, tmp_path, capsys):

@@ -3,7 +3,8 @@
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from jaxinfer.telemetry.gpus import own_gpus
 from jaxinfer.telemetry.monitor import Monitor
 from jaxinfer.telemetry.nvml import Gpu
 from jaxinfer.telemetry.rapl import Rapl
-from jaxinfer.telemetry.samples import merge, merged_path, part_path, sample_files
+from jaxinfer.telemetry.samples import merge, merged_path, part_files, part_path
 
 ROUNDS = 5  # barriers, of which each narrows how far the clocks are known to be apart
 
 
-@attrs.frozen
+@attrs.define
 class Watch:
     """A run whose processes are watched: all of them have one, also those without a GPU that NVML knows.
 
@@ -34,21 +35,34 @@ class Watch:
       output: the run's.
       devices: how many the process has on the mesh.
       error_s: the most by which its clock may differ from the first one's.
+      ended: the samples are in the run's file, or about to be.
     """
 
     monitor: Monitor | None
     output: Path
     devices: int
     error_s: float
+    ended: bool = False
 
     def peaks(self) -> dict[int, int]:
         return {} if self.monitor is None else self.monitor.peaks()
 
 
-def begin_watch(run: Run, began: float) -> Watch | None:
-    """Starts the monitor where the options want one, there is an output and JAX runs on GPUs; None in all processes
-    otherwise. Samples that an earlier run left beside the output go. All processes call it, on the mesh that
-    ``--mesh`` says by now; `began` is where the first one's run began, as its ``time.perf_counter``."""
+@contextmanager
+def watching(run: Run) -> Iterator[Watch | None]:
+    """The monitor, where the options want one, there is an output and JAX runs on GPUs; None in all processes
+    otherwise. Parts that a killed run left beside the output go, and those of this one unless it comes to `end_watch`.
+    All processes call it, on the mesh that ``--mesh`` says by now."""
+    watch = _begin(run)
+    try:
+        yield watch
+    finally:
+        if watch is not None and watch.monitor is not None and not watch.ended:
+            watch.monitor.stop()
+            watch.monitor.part.unlink(missing_ok=True)
+
+
+def _begin(run: Run) -> Watch | None:
     import jax
 
     if run.args.output is None:
@@ -56,7 +70,7 @@ def begin_watch(run: Run, began: float) -> Watch | None:
     output = Path(run.args.output)
     stream = is_stream(output)
     if run.first and not stream:
-        for old in sample_files(output):
+        for old in part_files(output):
             old.unlink(missing_ok=True)
     if run.args.monitor == "off" or jax.default_backend() == "cpu":
         return None
@@ -67,7 +81,7 @@ def begin_watch(run: Run, began: float) -> Watch | None:
         devices = gpus_on(parse_mesh(run.args.mesh))
     except LayoutError:
         return None  # loading the model says it
-    zero, error = run_zero(began)
+    zero, error = run_zero(run.phases.began)
     hosts = distributed.hosts()
     gpus = [gpu for gpu in devices if gpu is not None]
     if not gpus:
@@ -112,16 +126,20 @@ def run_zero(began: float) -> tuple[float, float]:
     return told[0]["began"] + more, error
 
 
-def end_watch(run: Run, watch: Watch, window: tuple[float, float], output_tokens: int) -> dict[str, Any]:
+def end_watch(run: Run, watch: Watch | None, window: tuple[float, float], output_tokens: int) -> dict[str, Any]:
     """Ends the monitors and makes one file of theirs. All processes call it, each with its own `window`, see
     `Monitor.window`. Returns ``gpus`` and ``energy`` as OUT.metrics.json has them, in the first process; None elsewhere
     and where nothing was watched."""
+    if watch is None:
+        return {"gpus": None, "energy": None}
+    run.life.beat("end", waits=True)
     own: dict[str, Any] = {"host": socket.gethostname(), "devices": watch.devices, "error_s": watch.error_s}
     if watch.monitor is not None:
         watch.monitor.window(*window)
         watch.monitor.stop()
         own |= watch.monitor.result()
     told = distributed.everyone(own)
+    watch.ended = True
     watched = {rank: each for rank, each in enumerate(told) if "gpus" in each}
     if not run.first or not watched:
         return {"gpus": None, "energy": None}

@@ -32,7 +32,7 @@ class RunMetrics:
     """Counts what the engine emits; times are of this process's clock."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._began = self._ended = time.perf_counter()
         self._ttft, self._tpot, self._itl = array("d"), array("d"), array("d")
         self._last: dict[tuple[str, int], float] = {}
         self._requests: set[str] = set()
@@ -47,6 +47,7 @@ class RunMetrics:
         """An `Update` of the engine, as soon as it is there."""
         key, now = (update.request_id, update.index), time.perf_counter()
         if update.token_ids:
+            self._ended = now
             if key in self._last:
                 self._itl.append(now - self._last[key])
             self._last[key] = now
@@ -68,6 +69,15 @@ class RunMetrics:
             self._ttft.append(output.ttft_s)
         if output.completion_tokens > 1:
             self._tpot.append((output.latency_s - output.ttft_s) / (output.completion_tokens - 1))
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """From where it began to count to the last token, as `time.perf_counter`."""
+        return self._began, self._ended
+
+    @property
+    def output_tokens(self) -> int:
+        return self._output_tokens
 
     def summary(self, stats: Mapping[str, Any], device_kind: str) -> dict[str, Any]:
         """All figures as JSON; `stats` are the engine's counts, of which the same call may be made once more later."""
@@ -141,6 +151,8 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
         ("decode bandwidth", _bandwidth(summary)),
         ("preemptions", f"{engine['preemptions']:,}"),
         ("load", _load(summary)),
+        *([("GPUs", _gpus(summary["gpus"]))] if summary.get("gpus") else []),
+        *([("energy", _energy(summary["energy"]))] if summary.get("energy") else []),
         *([("phases in s", _phases(summary["phases"]))] if "phases" in summary else []),
     ]
     return lines
@@ -180,6 +192,23 @@ def _load(summary: Mapping[str, Any]) -> str:
     engine, rate = summary["engine"], summary["load_bytes_per_s"]
     text = f"{engine['load_bytes'] / 1e9:.3f} GB in {engine['load_seconds']:.2f} s"
     return text if rate is None else f"{text} ({rate / 1e9:.1f} GB/s)"
+
+
+def _gpus(gpus: list[Mapping[str, Any]]) -> str:
+    use = [gpu["utilization_percent"]["mean"] for gpu in gpus if gpu["utilization_percent"]]
+    memory = [gpu["memory_peak_bytes"] for gpu in gpus if gpu["memory_peak_bytes"] is not None]
+    power = [gpu["power_w"]["mean"] for gpu in gpus if gpu["power_w"]]
+    parts = [f"{sum(use) / len(use):.0f} % in use"] if use else []
+    parts += [f"{max(memory) / 2**30:.1f} GiB at most"] if memory else []
+    parts += [f"{sum(power) / len(power):.0f} W each"] if power else []
+    return ", ".join(parts) or "-"
+
+
+def _energy(energy: Mapping[str, Any]) -> str:
+    joules, each = energy["gpu_j"], energy["gpu_j_per_output_token"]
+    if joules is None:
+        return f"- ({energy['note']})"
+    return f"{joules:,.0f} J" + ("" if each is None else f", {each:.3g} J per output token") + f" ({energy['note']})"
 
 
 def _bandwidth(summary: Mapping[str, Any]) -> str:

@@ -55,9 +55,9 @@ def part_path(output: Path, rank: int) -> Path:
     return output.with_name(f"{_stem(output)}.gpu.rank-{rank}.csv")
 
 
-def sample_files(output: Path) -> list[Path]:
-    """All that runs with this output left: the whole, and parts of those that did not come to their end."""
-    name = re.compile(re.escape(_stem(output)) + r"\.gpu(\.rank-\d+)?\.csv(\.partial)?")
+def part_files(output: Path) -> list[Path]:
+    """What runs left that did not come to their end."""
+    name = re.compile(re.escape(_stem(output)) + r"\.gpu(\.rank-\d+\.csv|\.csv\.partial)")
     return sorted(path for path in output.parent.glob("*.gpu.*") if name.fullmatch(path.name))
 
 
@@ -142,10 +142,8 @@ def merge(parts: list[Path], output: Path) -> None:
     aside = output.with_name(output.name + ".partial")
     try:
         with open(aside, "w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(COLUMNS)
-            whole = heapq.merge(*map(read_samples, parts), key=lambda each: (each.time_s, each.rank))
-            rows.writerows(map(to_row, whole))
+            file.write(",".join(COLUMNS) + "\n")
+            file.writelines(line for *_, line in heapq.merge(*map(_lines, parts)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, output)
@@ -154,3 +152,13 @@ def merge(parts: list[Path], output: Path) -> None:
         raise
     for part in parts:
         part.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> Iterator[tuple[float, int, int, str]]:
+    """Time, rank, place and text of each sample's line; no more is read of it, since there may be millions."""
+    with open(path, newline="") as file:
+        next(file, None)
+        for place, line in enumerate(file):
+            if line.endswith("\n") and line.count(",") == len(COLUMNS) - 1:
+                time_s, rank, _ = line.split(",", 2)
+                yield float(time_s), int(rank), place, line
