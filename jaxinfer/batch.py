@@ -108,7 +108,7 @@ def _steps(llm: LLM, life: Life, take: Callable[[Update], None], profile: Profil
     engine, drains = llm.engine, False
     while engine.has_unfinished():
         if profile is not None:
-            profile.before(engine.steps, engine.wait)
+            profile.before(engine.steps, engine)
         order = life.poll(engine.steps)
         if order == "quit":
             break
@@ -118,7 +118,7 @@ def _steps(llm: LLM, life: Life, take: Callable[[Update], None], profile: Profil
         for update in engine.step():
             take(update)
     if profile is not None:
-        profile.finish(engine.wait)
+        profile.finish(engine)
     llm.drop()
 
 

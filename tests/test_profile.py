@@ -144,9 +144,9 @@ def test_a_real_trace(tmp_path, capsys):
     for name in range(4):
         engine.add(Request(str(name), [3, 4, 5], SamplingParams(max_new_tokens=40, ignore_eos=True)))
     while engine.has_unfinished():
-        profile.before(engine.steps, engine.wait)
+        profile.before(engine.steps, engine)
         engine.step()
-    profile.finish(engine.wait)
+    profile.finish(engine)
     assert len(list((tmp_path / "traces" / "rank-3").rglob("*.xplane.pb"))) == 1
     (window,) = profile.windows
     devices = own_devices(window.folder, engine.mesh, 3, lambda value: [value])

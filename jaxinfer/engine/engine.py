@@ -26,7 +26,7 @@ from jaxinfer.engine.device import check_dtype, device_memory
 from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.fit import fit_or_advise
 from jaxinfer.engine.memory import explained
-from jaxinfer.engine.programs import Program
+from jaxinfer.engine.programs import WITHOUT_COMMAND_BUFFERS, Program
 from jaxinfer.engine.request import Request, Stats, Update, checked
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
@@ -326,6 +326,22 @@ class Engine:
     def compiled(self) -> dict[Program, jax.stages.Compiled]:
         """The programs so far; waits for those that are being compiled."""
         return self._runner.programs.compiled()
+
+    def watch_programs(self) -> None:
+        """Notes from here on which programs run, for `drop_command_buffers`."""
+        self._runner.programs.ran.clear()
+
+    def drop_command_buffers(self) -> bool:
+        """Compiles the programs that ran since `watch_programs` without command buffers, slower but with their parts in
+        a trace, and runs them so. False where devices have none: nothing changes."""
+        if self.mesh.devices.flat[0].platform == "cpu":
+            return False
+        self._runner.programs.set_apart(WITHOUT_COMMAND_BUFFERS)
+        return True
+
+    def take_command_buffers(self) -> None:
+        """Back to the programs as they were."""
+        self._runner.programs.rejoin()
 
     def wait(self) -> None:
         """Until the devices, all of this process, have done what was enqueued."""

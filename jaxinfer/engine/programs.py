@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +26,8 @@ from jaxinfer.parallel.placement import Parameter, Rules, global_shape, local_si
 from jaxinfer.telemetry.phases import Phases
 
 POOL = P("stage", "data", None, None, "tensor", None)
+# XLA's command buffers are CUDA graphs on a GPU: a trace names nothing inside of them
+WITHOUT_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 COMPILING_AT_ONCE = 4  # by a process that is alone; several compile one by one, all in the same order
 
 
@@ -65,6 +67,8 @@ class Programs:
         self._threads = ThreadPoolExecutor(COMPILING_AT_ONCE if self._alone else 1, "compile")
         self._tracing = threading.Lock()
         self.compile_seconds = 0.0  # that `run` waited
+        self.ran: dict[Program, None] = {}  # in order; whoever wants to know empties it before
+        self._apart: dict[Program, Future] = {}  # what `run` takes in place of the usual ones
 
     @property
     def count(self) -> int:
@@ -152,7 +156,23 @@ class Programs:
         if not _all_done(needed):
             with self._waiting():
                 self._wait(needed)
-        return self._compiled[program].result()(params, state, inputs, sampling)
+        self.ran[program] = None
+        compiled = self._apart.get(program, self._compiled[program])
+        return compiled.result()(params, state, inputs, sampling)
+
+    def set_apart(self, options: Mapping[str, str]) -> None:
+        """Compiles the programs that `ran` with other options of XLA's, and waits for them; `run` takes these until
+        `rejoin`. All processes call it after the same steps."""
+        apart = {program: self._threads.submit(self._compile, program, options) for program in self.ran}
+        with self._waiting():
+            for future in apart.values():
+                self._compiling()
+                future.result()
+        self._apart = apart
+
+    def rejoin(self) -> None:
+        """Back to the usual programs."""
+        self._apart = {}
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -171,13 +191,13 @@ class Programs:
         """All programs so far; waits for those that are being compiled."""
         return {program: future.result() for program, future in self._compiled.items()}
 
-    def _compile(self, program: Program) -> jax.stages.Compiled:
+    def _compile(self, program: Program, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
         with self._tracing:  # it holds Python's lock: side by side, all would be late
             began = time.perf_counter()
             lowered = self.lower(program)
             traced = time.perf_counter() - began
         began = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
         self._phases.beside("compile", traced + time.perf_counter() - began)
         return compiled
 

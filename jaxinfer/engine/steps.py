@@ -120,7 +120,7 @@ def decode_block(
         return (k, v, token, position, flying, collectives.to_next_stage(x), counts), emitted._replace(tokens=chosen)
 
     with jax.named_scope("bookkeeping"):
-        # rows beyond have nothing in flight; when a wider block takes them in, `keep` says that what x has is not theirs
+        # rows beyond have nothing in flight; when a wider block takes them in, `keep` says that x is not theirs
         token, position, flying = (each[0, :, :rows] for each in (state.token, state.position, state.flying))
         carry = (state.k, state.v, token, position, flying & inputs.keep, state.x[0, 0, :rows], counts)
     (k, v, token, position, flying, x, counts), emitted = jax.lax.scan(tick, carry, jnp.arange(steps * stages))

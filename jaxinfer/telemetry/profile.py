@@ -1,13 +1,13 @@
-"""An XLA trace of some steps of a run, for TensorBoard's profile plugin."""
+"""XLA traces of some steps of a run, for TensorBoard's profile plugin: first as they run, for times; then without
+command buffers, for structure: a GPU runs a CUDA graph as one piece, in which a trace names no layer."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Window(NamedTuple):
-    """Steps `first` to `last`, of which `traced` came; `folder` is of this process. `name`: ``as-run``, or
-    ``structure`` for a program without command buffers."""
+    """Steps `first` to `last`, `traced` of them; `folder` is of this process. `name`: ``as-run``, or ``structure`` for
+    programs without command buffers."""
 
     name: str
     folder: Path
@@ -17,9 +17,24 @@ class Window(NamedTuple):
     command_buffers: bool
 
 
+class Engine(Protocol):
+    def wait(self) -> None:
+        """Until the devices have done what was enqueued."""
+
+    def watch_programs(self) -> None:
+        """Notes from here on which programs run."""
+
+    def drop_command_buffers(self) -> bool:
+        """Compiles the programs noted without command buffers, and runs them so; False if the devices have none."""
+
+    def take_command_buffers(self) -> None:
+        """Back to the programs as they were."""
+
+
 class Profile:
-    """Traces steps `first` to `last` of this process into ``folder/rank-N``; call `before` ahead of each step, and
-    `finish` after the last. Both take what waits for the devices: only whole steps can be counted.
+    """Traces steps `first` to `last` of this process into ``folder/rank-N/as-run``, and where programs have command
+    buffers as many without into ``folder/rank-N/structure``, from the next step but one: the first with new programs
+    brings them to the device. Call `before` ahead of each step, and `finish` after the last.
 
     Raises:
       OSError: the folder cannot be made.
@@ -29,37 +44,52 @@ class Profile:
         self.folder, self.rank = folder / f"rank-{rank}", rank
         self.folder.mkdir(parents=True, exist_ok=True)
         self._first, self._last = first, last
-        self._running = self.traced = False
+        self._begun: tuple[str, int] | None = None  # the window that is open, and its first step
+        self._apart = False  # the programs are others than usual
+        self._step = -1  # that was last begun
+        self.windows: list[Window] = []
 
-    def before(self, step: int, wait: Callable[[], object]) -> None:
-        """`step` counts from 0."""
+    def before(self, step: int, engine: Engine) -> None:
+        """`step` counts from 0. Waits for the devices where a window begins or ends, so that it has whole steps."""
+        count = self._last - self._first + 1
+        if step == self._first:
+            engine.wait()
+            engine.watch_programs()
+            self._begin("as-run", step)
+        elif step == self._last + 1 and self._begun:
+            engine.wait()
+            self.close()
+            self._apart = engine.drop_command_buffers()
+        elif step == self._last + 2 and self._apart:
+            engine.wait()
+            self._begin("structure", step)
+        elif step == self._last + 2 + count:
+            self.finish(engine)
+        self._step = step
+
+    def finish(self, engine: Engine) -> None:
+        if self._begun:
+            engine.wait()
+            self.close()
+        if self._apart:
+            engine.take_command_buffers()
+            self._apart = False
+
+    def _begin(self, name: str, step: int) -> None:
         import jax
 
-        if step == self._first:
-            wait()
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # it would slow the host down, and fill the trace
-            jax.profiler.start_trace(self.folder, profiler_options=options)
-            self._running = True
-        elif step > self._last:
-            self.finish(wait)
-
-    def finish(self, wait: Callable[[], object]) -> None:
-        if self._running:
-            wait()
-            self.close()
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would slow the host down, and fill the trace
+        jax.profiler.start_trace(self.folder / name, profiler_options=options)
+        self._begun = name, step
 
     def close(self) -> None:
         """Ends the trace, if one runs, whatever the devices do."""
-        if self._running:
+        if self._begun:
             import jax
 
             jax.profiler.stop_trace()
-            self._running, self.traced = False, True
-
-    @property
-    def windows(self) -> list[Window]:
-        """What was traced."""
-        if not self.traced:
-            return []
-        return [Window("as-run", self.folder, self._first, self._last, self._last - self._first + 1, True)]
+            name, first = self._begun
+            self._begun = None
+            steps = self._step - first + 1
+            self.windows.append(Window(name, self.folder / name, first, self._step, steps, name != "structure"))
