@@ -12,7 +12,10 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from convert.run import convert
+from jaxinfer import generate
 from jaxinfer.cluster.pulse import Alone
+from jaxinfer.process import monitor as process_monitor
 from jaxinfer.process.monitor import Watch, end_watch
 from jaxinfer.process.run import Run
 from jaxinfer.telemetry.clock import Passage, apart
@@ -300,6 +303,29 @@ def test_a_part_that_is_not_to_be_found_is_told(card, tmp_path, capsys):
     watch = Watch(Monitor([own()], tmp_path / "elsewhere.csv", 0, "node0", 0.0), output, 1, 0.0)
     end_watch(Run("jaxinfer.generate", argparse.Namespace(), Alone(20.0)), watch, (0.0, 9.0), 30)
     assert f"lacks what is not to be found from here: {part_path(output, 0)}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generate_watches_its_gpus(card, tiny, tmp_path, monkeypatch, capsys):
+    """On the CPU, with the card for its GPU."""
+    convert(tiny, tmp_path / "ckpt", quiet=True)
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f'{{"prompt_token_ids": [{3 + place}]}}\n' for place in range(3)))
+    monkeypatch.setattr(process_monitor, "on_cpu", lambda: False)
+    monkeypatch.setattr(process_monitor, "gpus_on", lambda mesh: [own()])
+    arguments = ["--model", tmp_path / "ckpt", "--prompts", prompts, "--output", out, "--mesh", "tensor=1"]
+    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments), "--max-new-tokens", "9", "--ignore-eos"])
+    with pytest.raises(SystemExit) as ended:
+        generate.main()
+    shown = capsys.readouterr().err
+    assert ended.value.code == 0, shown
+    metrics = json.loads((tmp_path / "out.metrics.json").read_text())
+    (gpu,) = metrics["gpus"]
+    assert gpu["uuid"] == "GPU-aa" and metrics["energy"]["output_tokens"] == 27
+    assert 0 < gpu["window_s"] <= metrics["wall_s"] and "energy" in shown and "GPUs" in shown
+    samples = list(read_samples(merged_path(out)))
+    assert len(samples) > 1 and samples[-1].time_s < metrics["phases"][0]["wall_s"], "it begins with the process"
+    assert not part_files(out)
 
 
 @pytest.mark.slow

@@ -63,8 +63,6 @@ def watching(run: Run) -> Iterator[Watch | None]:
 
 
 def _begin(run: Run) -> Watch | None:
-    import jax
-
     if run.args.output is None:
         return None
     output = Path(run.args.output)
@@ -72,7 +70,7 @@ def _begin(run: Run) -> Watch | None:
     if run.first and not stream:
         for old in part_files(output):
             old.unlink(missing_ok=True)
-    if run.args.monitor == "off" or jax.default_backend() == "cpu":
+    if run.args.monitor == "off" or on_cpu():
         return None
     run.life.beat("start", 4, waits=True)
     if distributed.share(stream):
@@ -90,6 +88,12 @@ def _begin(run: Run) -> Watch | None:
     rapl = Rapl() if hosts.index(hosts[run.rank]) == run.rank else None
     monitor = Monitor(gpus, part_path(output, run.rank), run.rank, socket.gethostname(), zero, rapl)
     return Watch(monitor, output, len(devices), error)
+
+
+def on_cpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "cpu"
 
 
 def gpus_on(mesh: Mapping[str, int]) -> list[Gpu | None]:
