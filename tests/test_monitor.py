@@ -328,20 +328,42 @@ def test_generate_watches_its_gpus(card, tiny, tmp_path, monkeypatch, capsys):
     assert not part_files(out)
 
 
-@pytest.mark.slow
-def test_processes_agree_on_when_the_first_one_began():
-    """On one host all read one clock, so that they can be held to the error that they tell."""
+def run_processes(output, *lacks):
+    """What each of as many processes prints; the cards of each lack a function."""
     port, tests = free_port(), Path(__file__).parent
     environment = own_environment(PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests)]))
-    command = [sys.executable, str(tests / "clock_worker.py"), f"127.0.0.1:{port}", "2"]
+    command = [sys.executable, str(tests / "monitor_worker.py"), str(output), f"127.0.0.1:{port}", str(len(lacks))]
     started = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True) for rank in range(2)
+        subprocess.Popen([*command, str(rank), name], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank, name in enumerate(lacks)
     ]
     try:
-        told = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
+        return [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert told[0] == [told[0][0], told[0][0], 0.0]
-    for began, zero, error in told[1:]:
-        assert 0 < error < 60 and abs(zero - told[0][0]) <= error and began != zero
+
+
+@pytest.mark.slow
+def test_the_monitors_of_several_processes_leave_one_file_on_one_clock(tmp_path):
+    output = tmp_path / "out.jsonl"
+    part_path(output, 1).write_text("of a run that was killed")
+    first, other = run_processes(output, "", "")
+    # on one host both read one clock, so that they can be held to the error that they tell
+    assert (first["zero"], first["error"]) == (first["began"], 0.0)
+    assert 0 < other["error"] < 60 and abs(other["zero"] - first["began"]) <= other["error"]
+    assert other["zero"] != other["began"]
+    assert other["gpus"] is None and [gpu["rank"] for gpu in first["gpus"]] == [0, 1]
+    assert first["gpus"][0]["clock_error_s"] == 0 < first["gpus"][1]["clock_error_s"] < 60
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gpu.csv"]
+    samples = list(read_samples(tmp_path / "out.gpu.csv"))
+    assert {each.rank for each in samples} == {0, 1} and all(each.time_s > 0 for each in samples)
+    assert [each.time_s for each in samples] == sorted(each.time_s for each in samples)
+
+
+@pytest.mark.slow
+def test_a_process_without_nvml_leaves_the_others_theirs(tmp_path):
+    first, other = run_processes(tmp_path / "out.jsonl", "nvmlInitWithFlags", "")
+    assert [gpu["rank"] for gpu in first["gpus"]] == [1] and other["gpus"] is None
+    assert first["energy"]["gpu_j"] is None, "it is not that of all GPUs"
+    assert {each.rank for each in read_samples(tmp_path / "out.gpu.csv")} == {1}
