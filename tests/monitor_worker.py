@@ -1,5 +1,5 @@
-"""One of several processes of a run, each with a card in NVML's place: prints, as JSON, when its run began, when it takes
-the first one's to have begun and to what error, and what it makes of all their samples."""
+"""One of several processes of a run, each with a card in NVML's place: prints, as JSON, when its run began, when and to
+what error it takes the first one's to have begun, and what it makes of all their samples."""
 
 import argparse
 import json
