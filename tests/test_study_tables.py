@@ -42,6 +42,7 @@ def test_strong_scaling_by_hand(tmp_path):
     assert found[3]["note"] == "skipped: tiny has 5 layers, stage=8 needs 8" and found[3]["gpu_use_percent"] == ""
     text = (tmp_path / "tables" / "strong.md").read_text()
     assert "| 1.82 (1.65 to 2.00) | 90.9 (82.6 to 100.0) |" in text and "- n0 = 1 (stage=1)\n" in text
+    assert "- virtual CPU devices of one host share its cores" in text
     assert "- **speed-up**: T(n0) / T(n)" in text and "| – | – |" in text
 
 
@@ -55,7 +56,7 @@ def test_n0_is_the_least_that_fits_and_named(tmp_path):
     cell(tmp_path, "strong", "stage=1", None, state="skipped", why="needs 80 GB, has 64 GB")
     cell(tmp_path, "strong", "stage=2", metrics((4.0,)), devices=2)
     cell(tmp_path, "strong", "tensor=2", metrics((3.0,)), devices=2)
-    cell(tmp_path, "strong", "stage=4", metrics((2.0,)), devices=4)
+    cell(tmp_path, "strong", "stage=4", metrics((2.0,), device_kind="NVIDIA H200"), devices=4)
     found = rows(tmp_path, "strong")
     assert column(found, "speedup") == [None, 0.75, 1, 1.5]
     assert column(found, "efficiency_percent") == [None, 75, 100, 75]
@@ -141,14 +142,19 @@ def test_gpus_energy_and_memory_are_summed_or_the_most(tmp_path):
          "devices": [{"device": 0, "allocator_peak_bytes": (10 - rank) << 30, "nvml_peak_bytes": 20 << 30}]}
         for rank in (0, 1)
     ]  # fmt: skip
-    energy = {"gpu_j": 1800.0, "gpu_j_per_output_token": 1.5, "method": "counter"}
-    found = metrics((4.0,), gpus=gpus(2), energy=energy, memory=memory)
+    energy = {"gpu_j": 1800.0, "gpu_j_per_output_token": 1.5, "method": "counter", "rapl_j": 400.0}
+    samples = gpus(2)
+    samples[1]["throttle"] = {"sw_power_cap": 0.25, "sw_thermal": 0.001}
+    found = metrics((4.0,), gpus=samples, energy=energy, memory=memory)
+    found["repeats"] = {"count": 2, "asked": 3, "same_tokens": True, "figures": {}}
     path = cell(tmp_path, "strong", "stage=2", found, devices=2, traced=profile(2))
     (path / "sacct.json").write_text(json.dumps({"job": "7", "energy_j": 5000, "elapsed_s": 61}))
     (row,) = rows(tmp_path, "strong")
     assert float(row["gpu_use_percent"]) == 89.5 and float(row["gpu_power_w"]) == 600
     assert (int(row["device_memory_bytes"]), int(row["host_memory_bytes"])) == (10 << 30, 4 << 30)
     assert (float(row["gpu_j_per_output_token"]), row["slurm_energy_j"], row["slurm_elapsed_s"]) == (1.5, "5000", "61")
+    assert row["rapl_energy_j"] == "400"
+    assert row["note"] == "2 of 3 repeats; clocks held down: sw_power_cap in 25% of the samples"
     assert float(row["imbalance_percent"]) == pytest.approx(100 * (1 - 2.1 / 2.2))
 
 

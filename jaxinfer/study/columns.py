@@ -11,6 +11,7 @@ from jaxinfer.study.results import Cell, Spread, mean, most, number, total
 
 NONE = "–"
 GIB = 1 << 30
+THROTTLED = 0.01  # share of a GPU's samples
 # figures that are measured once per repeat, with where they stand in the metrics
 REPEATED = {
     "work_s": "work_s", "output_tokens_per_s": "output_tokens_per_s", "total_tokens_per_s": "total_tokens_per_s",
@@ -130,6 +131,7 @@ COLUMNS = {
     "gpu_power_w": Column("GPU power in W", "mean over the work time, sum of the GPUs"),
     "gpu_energy_j": Column("GPU energy in J", "of the GPUs only, work time of all repeats"),
     "gpu_j_per_output_token": Column("J/token", "GPU energy / output tokens, GPUs only"),
+    "rapl_energy_j": Column("CPU energy in J", "the hosts' processors and their memory, RAPL, same window"),
     "slurm_energy_j": Column("node energy in J", "Slurm's ConsumedEnergyRaw of the job"),
     "slurm_elapsed_s": Column("job in s", "Slurm's elapsed time of the job"),
     "slurm_cpu_s": Column("CPU time in s", "of the job, by Slurm"),
@@ -151,7 +153,7 @@ SPREAD = {*REPEATED, "speedup", "efficiency_percent", "weak_efficiency_percent",
 TIME = ["wall_s", "start_s", "io_s", "preprocess_s", "compile_s", "prefill_s", "decode_s", "other_s",
         "communication_s", "waiting_s"]  # fmt: skip
 DEVICES = ["gpu_use_percent", "device_memory_bytes", "nvml_memory_bytes", "host_memory_bytes", "gpu_power_w",
-           "gpu_energy_j", "gpu_j_per_output_token", "slurm_energy_j"]  # fmt: skip
+           "gpu_energy_j", "gpu_j_per_output_token", "rapl_energy_j", "slurm_energy_j"]  # fmt: skip
 STEP = ["decode_step_ms", "communication_percent", "waiting_percent", "imbalance_percent", "empty_ticks_percent",
         "bubble_percent"]  # fmt: skip
 CSV_ALONE = ["prompt_tokens", "output_tokens", "total_tokens_per_s", "itl_p99_s", "load_s", "write_s", "load_bytes",
@@ -162,7 +164,8 @@ def values(cell: Cell) -> dict[str, Any]:
     """Every figure of one cell that needs no other; None: not measured."""
     found: dict[str, Any] = {"model": cell.model, "devices": cell.devices or None, "mesh": cell.mesh}
     found |= {name: number(cell.x.get(name)) for name in ("nodes", "batch", "requests", "round")}
-    found |= {"role": cell.role, "state": cell.state, "note": cell.note}
+    found |= {"role": cell.role, "state": cell.state}
+    found["note"] = "; ".join(filter(None, [cell.note, _throttled(cell)]))
     if cell.metrics is None:
         return found
     found |= {name: cell.spread(path) for name, path in REPEATED.items()}
@@ -203,10 +206,22 @@ def _devices(cell: Cell) -> dict[str, float | None]:
         "host_memory_bytes": most(each.get("host_peak_bytes") for each in memory),
         "gpu_energy_j": cell.value("energy.gpu_j"),
         "gpu_j_per_output_token": cell.value("energy.gpu_j_per_output_token"),
+        "rapl_energy_j": cell.value("energy.rapl_j"),
         "slurm_energy_j": number(sacct.get("energy_j")),
         "slurm_elapsed_s": number(sacct.get("elapsed_s")),
         "slurm_cpu_s": number(sacct.get("cpu_s")),
     }
+
+
+def _throttled(cell: Cell) -> str:
+    """Why clocks were held down, where that was so in more than 1 % of a GPU's samples."""
+    shares: dict[str, float] = {}
+    for each in _listed(cell.metrics, "gpus"):
+        known = each.get("throttle")
+        for name, share in known.items() if isinstance(known, Mapping) else ():
+            shares[name] = max(shares.get(name, 0.0), number(share) or 0.0)
+    said = [f"{name} in {share:.0%} of the samples" for name, share in sorted(shares.items()) if share > THROTTLED]
+    return f"clocks held down: {', '.join(said)}" if said else ""
 
 
 def step_times(profile: Mapping[str, Any] | None, program: str) -> dict[str, float] | None:

@@ -48,7 +48,7 @@ def _scaling(cells: Sequence[Cell], per_device: bool) -> Rows:
             row |= {"weak_efficiency_percent": ratio.times(100), "scaled_speedup": ratio.times(share)}
         else:
             row |= {"speedup": ratio, "efficiency_percent": ratio.times(100 / share)}
-    return rows, [_n0(cells, base), *_unequal_prompts(cells, per_device)]
+    return rows, [_n0(cells, base), *_unequal_prompts(cells, per_device), *_shared_cores(cells)]
 
 
 def baseline(cells: Sequence[Cell]) -> Cell | None:
@@ -88,6 +88,19 @@ def _unequal_prompts(cells: Sequence[Cell], per_device: bool) -> list[str]:
         return []
     unit = "prompt tokens per device" if per_device else "prompt tokens"
     return [f"{unit} are not equal: {found[0]:,.4g} to {found[-1]:,.4g}"]
+
+
+def _shared_cores(cells: Sequence[Cell]) -> list[str]:
+    """Virtual devices of one host are no hardware of their own."""
+    if any(
+        cell.measured and cell.metrics.get("device_kind") == "cpu" and _hosts(cell) < cell.devices for cell in cells
+    ):
+        return ["virtual CPU devices of one host share its cores: these figures show that a mesh works, not its speed"]
+    return []
+
+
+def _hosts(cell: Cell) -> int:
+    return int(number(cell.x.get("nodes")) or 1)
 
 
 def _add_note(row: dict[str, Any], text: str) -> None:

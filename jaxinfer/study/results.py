@@ -101,8 +101,11 @@ class Cell:
             said.append(f"{metrics['unfinished']:,} requests unfinished")
         if metrics.get("failed"):
             said.append(f"{metrics['failed']:,} samples failed")
-        if (metrics.get("repeats") or {}).get("same_tokens") is False:
+        repeats = metrics["repeats"] if isinstance(metrics.get("repeats"), dict) else {}
+        if repeats.get("same_tokens") is False:
             said.append("the repeats' tokens differ")
+        if (number(repeats.get("count")) or 0) < (number(repeats.get("asked")) or 0):
+            said.append(f"{repeats['count']} of {repeats['asked']} repeats")
         return "; ".join(said)
 
     def value(self, path: str) -> float | None:
@@ -111,8 +114,9 @@ class Cell:
 
     def spread(self, path: str) -> Spread | None:
         """A number of the metrics with the range of its repeats."""
-        known = ((self.metrics or {}).get("repeats") or {}).get("figures") or {}
-        if isinstance(found := known.get(path), Mapping) and number(found.get("median")) is not None:
+        known = _within(self.metrics, "repeats.figures")
+        found = known.get(path) if isinstance(known, Mapping) else None
+        if isinstance(found, Mapping) and number(found.get("median")) is not None:
             return Spread(*(number(found.get(name)) for name in ("median", "least", "most")))
         value = self.value(path)
         return None if value is None else Spread(value)
