@@ -55,10 +55,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, what in (("check", "what would run, and how long; runs nothing"), ("run", "measure what is missing")):
         command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        command.add_argument("file", type=Path, metavar="FILE", help="a study, configs/studies/*.yaml")
+        command.add_argument("file", metavar="FILE", help="a study file, or the name of one of configs/studies")
         what = "preset of configs/clusters or a file, over the study's own"
         command.add_argument("--cluster", metavar="NAME", help=what)
         command.add_argument("--only", metavar="EXPERIMENT", help="its cells alone")
+        what = "FILE.jsonl or FILE.txt, in place of the study's own file of prompts"
+        command.add_argument("--prompts", metavar="FILE", help=what)
         if name == "run":
             command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the study")
             command.add_argument("--dry-run", action="store_true", help="print the command lines, run nothing")
@@ -117,11 +119,14 @@ def _seconds(text: str) -> float:
 def _open(args: argparse.Namespace, needed: bool) -> Any:
     """The study, where it runs, and its cells. `needed`: checkpoints have to be there."""
     from jaxinfer.study.expand import expand
-    from jaxinfer.study.file import read_study
+    from jaxinfer.study.file import find_study, read_study, with_prompts
     from jaxinfer.study.models import know
     from jaxinfer.study.place import find_place
 
+    args.file = find_study(args.file)
     study = read_study(args.file)
+    if args.prompts is not None:
+        study = with_prompts(study, args.prompts)
     if args.only is not None and args.only not in study.experiments:
         raise StudyError(f"--only: {unknown('experiment', args.only, study.experiments)}")
     try:

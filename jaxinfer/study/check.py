@@ -15,7 +15,7 @@ from jaxinfer.engine.params import SamplingParams
 from jaxinfer.study.errors import StudyError
 from jaxinfer.study.expand import Cell
 from jaxinfer.study.place import Place
-from jaxinfer.study.prompts import check_line
+from jaxinfer.study.prompts import params_of
 
 WIDTH = 140  # where the output is a file
 START_S = 120  # assumed of each cell: start, load and compile
@@ -102,7 +102,7 @@ def _fit_question(cell: Cell, place: Place) -> Question | None:
 def _new_tokens(cell: Cell) -> list[int]:
     sampling = {name: value for name, value in cell.settings.items() if name in attrs.fields_dict(SamplingParams)}
     defaults = SamplingParams.from_dict(sampling)
-    return [params.max_new_tokens * params.n for params in (check_line(line, defaults) for line in cell.lines)]
+    return [params.max_new_tokens * params.n for params in (params_of(line, defaults) for line in cell.lines)]
 
 
 def _time_question(cell: Cell, place: Place) -> Question | None:

@@ -21,9 +21,9 @@ from jaxinfer.study.place import Place, Seats
 from jaxinfer.study.prompts import (
     Line,
     as_many,
-    check_line,
     encoded,
     hashed,
+    params_of,
     random_lines,
     read_lines,
     token_counts,
@@ -120,19 +120,24 @@ class _Expansion:
     model: Known
     name: str
     experiment: Experiment
-    files: dict[str, list[Line]]  # that were read
+    files: dict[str, list[Line]]  # what was read or drawn
 
     def cells(self) -> Iterator[Cell]:
         return getattr(self, f"_{self.experiment.kind}")()
 
     def _meshes(self) -> list[str]:
         meshes = self.experiment.meshes
-        if isinstance(meshes, list):
-            return meshes
+        return meshes if isinstance(meshes, list) else self._along(meshes["axis"])
+
+    def _mesh(self) -> str:
+        mesh = self.experiment.mesh
+        return mesh if isinstance(mesh, str) else self._along(mesh["axis"])[-1]
+
+    def _along(self, axis: str) -> list[str]:
         if self.place.here is None:
-            raise StudyError("meshes: {axis: ...} counts the devices of one host; on a cluster list the meshes")
+            raise StudyError("{axis: ...} counts the devices of one host; on a cluster say the meshes")
         sizes = [2**power for power in range(self.place.here.bit_length())]
-        return ["stage=1" if size == 1 else f"{meshes['axis']}={size}" for size in sizes]
+        return ["stage=1" if size == 1 else f"{axis}={size}" for size in sizes]
 
     def _correctness(self) -> Iterator[Cell]:
         meshes, against = self._meshes(), self.experiment.against
@@ -159,13 +164,13 @@ class _Expansion:
             yield self._cell(_slug(mesh), mesh, self._settings(), lines=self._lines(count))
 
     def _batch(self) -> Iterator[Cell]:
-        mesh = self.experiment.mesh
+        mesh = self._mesh()
         for batch in self.experiment.batches:
             settings = self._settings() | {"max_batch": ceil(batch / parse_mesh(mesh)["data"])}  # of each data shard
             yield self._cell(f"b{batch}", mesh, settings, x={"batch": batch}, lines=self._lines(batch))
 
     def _optimization(self) -> Iterator[Cell]:
-        mesh, first = self.experiment.mesh, None
+        mesh, first = self._mesh(), None
         for number in range(1, self.experiment.rounds + 1):
             x = {"round": number}
             a = self._cell(f"a-{number}", mesh, self._settings() | self.experiment.a, role="a", x=x)
@@ -182,7 +187,7 @@ class _Expansion:
         for values in product(*over.values()):
             point = dict(zip(over, values))
             name = "-".join(f"{key}{_slug(value)}" for key, value in point.items())
-            yield self._cell(name, self.experiment.mesh, self._settings() | point, x=point)
+            yield self._cell(name, self._mesh(), self._settings() | point, x=point)
 
     def _settings(self) -> dict[str, Any]:
         own = {} if self.experiment.kind == "correctness" else {"ignore_eos": True}
@@ -191,7 +196,11 @@ class _Expansion:
     def _lines(self, count: int | None = None) -> list[Line]:
         prompts: Prompts = self.experiment.prompts or self.study.prompts
         if prompts.random is not None:
-            return random_lines(prompts.random, count or prompts.random.count, self.model.config.vocab_size)
+            count, vocabulary = count or prompts.random.count, self.model.config.vocab_size
+            key = f"{vocabulary} {attrs.evolve(prompts.random, count=1)}"
+            if len(self.files.get(key, ())) < count:
+                self.files[key] = random_lines(prompts.random, count, vocabulary)
+            return self.files[key][:count]
         key = repr(prompts)
         if key not in self.files:
             self.files[key] = read_lines(prompts)
@@ -276,7 +285,7 @@ class _Expansion:
         sampling = {name: value for name, value in settings.items() if name in attrs.fields_dict(SamplingParams)}
         try:
             defaults = SamplingParams.from_dict(sampling)
-            params = [check_line(line, defaults) for line in lines]
+            params = [params_of(line, defaults) for line in lines]
         except ValueError as error:
             raise StudyError(str(error)) from None
         longest = self.model.config.max_context

@@ -16,6 +16,8 @@ from jaxinfer.study.settings import check_settings
 LARGEST = 1 << 20  # bytes of a study file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TRANSFORMERS, FIRST = "transformers", "first"
+BESIDE = Path(__file__).parents[2]  # configs/ lies beside the package, installed too
+FOLDER = BESIDE / "configs" / "studies"
 
 # kind of experiment: the fields that it must have, and those that it may have beside COMMON
 KINDS = {
@@ -81,7 +83,14 @@ def read_mesh(value: Any) -> str:
 
 
 def _mesh(value: Any) -> Any:
-    return value if value is None else read_mesh(value)
+    """A mesh, or {axis: stage}: the largest that the devices at hand make along it."""
+    return _axis(value, "a mesh") if isinstance(value, dict) else value if value is None else read_mesh(value)
+
+
+def _axis(value: dict[str, Any], what: str) -> dict[str, Any]:
+    if list(value) != ["axis"] or value["axis"] not in AXES:
+        raise ValueError(f"found {shown(value)}, legal is {what}, or {{axis: {' | '.join(AXES)}}}")
+    return value
 
 
 def _meshes(value: Any) -> Any:
@@ -89,9 +98,7 @@ def _meshes(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, dict):
-        if list(value) != ["axis"] or value["axis"] not in AXES:
-            raise ValueError(f"found {shown(value)}, legal is a list of meshes, or {{axis: {' | '.join(AXES)}}}")
-        return value
+        return _axis(value, "a list of meshes")
     if not isinstance(value, list) or not value:
         raise ValueError(f'found {shown(value)}, legal is a list of meshes: ["stage=1", "stage=2"] say')
     meshes = [read_mesh(each) for each in value]
@@ -148,7 +155,10 @@ class Prompts:
         attrs.Factory(dict),
     )
     random: RandomPrompts | None = attrs.field(
-        default=None, converter=_named(lambda value: value if value is None else build(RandomPrompts, value, ""))
+        default=None,
+        converter=_named(
+            lambda value: value if isinstance(value, RandomPrompts | None) else build(RandomPrompts, value, "")
+        ),
     )
 
     def __attrs_post_init__(self) -> None:
@@ -157,7 +167,7 @@ class Prompts:
 
 
 def _prompts(value: Any) -> Any:
-    return value if value is None else build(Prompts, value, "")
+    return value if isinstance(value, Prompts | None) else build(Prompts, value, "")
 
 
 def _checked_settings(measured: bool = False) -> Callable[[Any], Any]:
@@ -192,7 +202,7 @@ class Experiment:
     repeats: int | None = _count(None)
     profile: bool | None = _flag(None)
     prompts: Prompts | None = attrs.field(default=None, converter=_named(_prompts))
-    mesh: str | None = attrs.field(default=None, converter=_named(_mesh))
+    mesh: Any = attrs.field(default=None, converter=_named(_mesh))
     meshes: Any = attrs.field(default=None, converter=_named(_meshes))
     against: str | None = attrs.field(default=None, converter=_named(_against))
     requests_per_device: int | None = _count(None)
@@ -246,6 +256,43 @@ def build(kind: type, fields: Any, where: str) -> Any:
         return kind(**fields)
     except ValueError as error:
         raise StudyError(f"{where}{error}") from None
+
+
+def find_study(named: str) -> Path:
+    """A study file by its path, or by its name in configs/studies.
+
+    Raises:
+      StudyError: neither.
+    """
+    path = beside(Path(named))
+    if path.suffix or path.exists():
+        return path
+    known = sorted(each.stem for each in FOLDER.glob("*.yaml"))
+    if named not in known:
+        raise StudyError(f"{named}: no such file, and {unknown('study', named, known)}")
+    return FOLDER / f"{named}.yaml"
+
+
+def beside(path: Path) -> Path:
+    """The path, from the working directory, or where nothing is there, from the folder that this package lies in."""
+    return BESIDE / path if not path.exists() and (BESIDE / path).exists() else path
+
+
+def with_prompts(study: Study, file: str) -> Study:
+    """The study with these in place of every file of prompts; the names of `fields` stay, random ones too.
+
+    Raises:
+      StudyError: all its prompts are random.
+    """
+    mine = [study.prompts, *(each.prompts for each in study.experiments.values() if each.prompts)]
+    if all(each.file is None for each in mine):
+        raise StudyError("--prompts: the study's prompts are random token ids; legal with a file of prompts")
+
+    def changed(prompts: Prompts | None) -> Prompts | None:
+        return attrs.evolve(prompts, file=file) if prompts and prompts.file else prompts
+
+    experiments = {name: attrs.evolve(it, prompts=changed(it.prompts)) for name, it in study.experiments.items()}
+    return attrs.evolve(study, prompts=changed(study.prompts), experiments=experiments)
 
 
 def read_study(path: Path) -> Study:

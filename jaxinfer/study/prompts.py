@@ -12,7 +12,7 @@ from jaxinfer.engine.params import SamplingParams
 from jaxinfer.inputs import FIELDS, KINDS, parse_record, record_id, split_lines, token_ids
 from jaxinfer.json_text import parse
 from jaxinfer.study.errors import StudyError, shown, unknown
-from jaxinfer.study.file import Prompts, RandomPrompts
+from jaxinfer.study.file import Prompts, RandomPrompts, beside
 
 Line = dict[str, Any]
 META = "meta"
@@ -24,7 +24,7 @@ def read_lines(prompts: Prompts) -> list[Line]:
     Raises:
       StudyError: no such file, a line that generate would refuse, or a name to rename to that no field has.
     """
-    path = Path(prompts.file)
+    path = beside(Path(prompts.file))
     for name, target in prompts.fields.items():
         if target not in (*FIELDS, META) and not target.startswith(f"{META}."):
             raise StudyError(f"prompts.fields.{name}: {unknown('field', target, [*FIELDS, 'meta.NAME'])}")
@@ -79,7 +79,7 @@ def _renamed(fields: Mapping[str, Any], names: Mapping[str, str]) -> Line:
 
 
 def check_line(line: Line, defaults: SamplingParams) -> SamplingParams:
-    """What the line's request will ask of sampling, with the cell's settings as defaults.
+    """`params_of` a line that nobody has looked at yet.
 
     Raises:
       ValueError: as generate would say it.
@@ -88,12 +88,21 @@ def check_line(line: Line, defaults: SamplingParams) -> SamplingParams:
     return parse_record(fields, 0, str(line["id"]), defaults).params
 
 
+def params_of(line: Line, defaults: SamplingParams) -> SamplingParams:
+    """What the line's request will ask of sampling, with the cell's settings as defaults.
+
+    Raises:
+      ValueError: fields of both that contradict each other.
+    """
+    own = {name: value for name, value in line.items() if name not in ("id", META, *KINDS)}
+    return defaults.merge(own) if own else defaults
+
+
 def random_lines(asked: RandomPrompts, count: int, vocabulary: int) -> list[Line]:
     """The first `count` prompts of this seed: the same ones however many are asked for."""
-    draw = random.Random(asked.seed)
+    draw, ids = random.Random(asked.seed), range(vocabulary)
     return [
-        {"id": str(number), "prompt_token_ids": [draw.randrange(vocabulary) for _ in range(asked.tokens)]}
-        for number in range(1, count + 1)
+        {"id": str(number), "prompt_token_ids": draw.choices(ids, k=asked.tokens)} for number in range(1, count + 1)
     ]
 
 
