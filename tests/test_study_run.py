@@ -185,7 +185,7 @@ def test_a_full_disk_ends_the_study_in_one_line_and_nothing_is_lost(tmp_path):
 
 def test_what_a_command_leaves_in_its_log_says_why_it_failed(tmp_path):
     log = tmp_path / "log"
-    log.write_text("loading\nValueError: no such thing\nsome table\n")
+    log.write_text("loading\nValueError: no such thing\nsrun: error: node1: exit code 1\nsome table\n")
     assert ended(1, log) == "exit status 1: ValueError: no such thing"
     assert ended(-9, log).startswith("killed by SIGKILL, which the kernel sends where memory runs out; ValueError")
     log.write_text("\n")

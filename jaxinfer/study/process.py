@@ -77,7 +77,8 @@ def ended(status: int, log: Path) -> str:
     except OSError:
         lines = []
     told = [line for line in lines if re.search(r"\b(\w*Error|error|refused)\b", line)]
-    last = (told or lines or [""])[-1]
+    own = [line for line in told if not re.match(r"(srun|slurmstepd|salloc): ", line)]  # those say that it failed
+    last = (own or told or lines or [""])[-1]
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else str(-status)
         hint = ", which the kernel sends where memory runs out" if status == -signal.SIGKILL else ""

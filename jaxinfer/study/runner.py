@@ -69,6 +69,8 @@ class Runner:
         if why := self._lacks(cell):
             self._end(cell, why)
             return
+        if self.place.inside:
+            self._wait_for_step(cell)
         state = self._begin(cell)
         self._tell(cell, f"runs, its output in {log}")
         self.bar.set_description(cell.label)
@@ -133,15 +135,10 @@ class Runner:
     def _submit(self, cell: Cell) -> bool:
         """Whether there is a job to follow."""
         folder = self.root / cell.folder
-        if has_job(folder):  # the one of a study that was killed or interrupted goes on; it is not run again
-            try:
-                [told] = jobs.status([folder])
-                write_state(folder, read_state(folder), state="running", why=None, job=str(told["job"]))
-                self._tell(cell, f"job {told['job']}, submitted before")
-                return True
-            except jobs.JobError as error:
-                if error.status != NO_JOB:
-                    raise StudyError(f"Slurm does not answer: {error}") from None
+        if told := self._job_of_before(folder):
+            write_state(folder, read_state(folder), state="running", why=None, job=str(told["job"]))
+            self._tell(cell, f"job {told['job']}, submitted before")
+            return True
         if why := self._lacks(cell):
             self._end(cell, why)
             return False
@@ -154,6 +151,27 @@ class Runner:
         write_state(folder, state, job=job)
         self._tell(cell, f"job {job}")
         return True
+
+    def _job_of_before(self, folder: Path) -> dict[str, Any] | None:
+        """The job of a study that was killed, interrupted or lost sight of it: it is followed and not run again."""
+        if not (folder / "submit.json").exists():
+            return None
+        try:
+            [told] = jobs.status([folder])
+        except jobs.JobError as error:
+            if error.status == NO_JOB:
+                return None
+            raise StudyError(f"Slurm does not answer: {error}") from None
+        return told if has_job(folder) or not told["ended"] else None
+
+    def _wait_for_step(self, cell: Cell) -> None:
+        """A step of a study that was killed ends before the cell is measured anew."""
+        folder, said = self.root / cell.folder, False
+        while (told := self._job_of_before(folder)) and not told["ended"]:
+            if not said:
+                self._tell(cell, f"waits for the step of before in job {told['job']}")
+            said = True
+            time.sleep(self.poll_s)
 
     def _look(self, cell: Cell, before: dict[str, Any], told: dict[str, Any]) -> None:
         if told["state"] != before.get("state"):
