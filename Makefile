@@ -3,12 +3,14 @@
 # make check  the fast half of them, in under 3 minutes on two cores
 # make test-long   studies, soaks, load, commands of the docs
 # make bench  the benchmarks in their CPU size, on a model of toy shape; figures and a picture in build/bench
+# make study  a study of the embedded model on virtual CPU devices: tables and figures in build/study; run again, it goes on
 # make lint   ruff
 # make clean  removes build/ (not the environment)
 
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := build/tinystories
+STUDY := build/study
 TOY := --model tiny --cpu-devices 1
 
 # XLA's thread pool: with fewer than four threads per virtual device its collectives can deadlock
@@ -16,7 +18,7 @@ export NPROC ?= 32
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check test-long bench lint clean
+.PHONY: demo test check test-long bench study lint clean
 
 demo: .venv/installed $(MODEL)/manifest.json
 	@rm -f build/demo.*
@@ -49,6 +51,11 @@ bench: .venv/installed-dev
 		--json build/bench/collectives.json
 	$(BIN)/python -m benchmarks.draw build/bench/*.json --output build/bench/bench.png
 
+study: .venv/installed-plot $(MODEL)/manifest.json
+	$(BIN)/python -m jaxinfer.study run configs/studies/laptop.yaml --output $(STUDY)
+	$(BIN)/python -m jaxinfer.study tables $(STUDY)
+	$(BIN)/python -m jaxinfer.study figures $(STUDY)
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,6 +72,10 @@ clean:
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	@touch $@
 
+.venv/installed-plot: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot]'
+	@touch $@ .venv/installed
+
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	@touch $@ .venv/installed
+	@touch $@ .venv/installed .venv/installed-plot
