@@ -57,7 +57,7 @@ def read(paths: list[Path]) -> list[Group]:
         except (ValueError, KeyError, TypeError):
             raise DrawError(f"{path}: not the JSON of a benchmark") from None
     if not groups:
-        raise DrawError(f"{paths[0]}: no figure with a floor, a goal or a peer")
+        raise DrawError(f"{paths[0]}: no figure with a floor (none is drawn on a CPU), a goal or a peer (--peer)")
     return groups
 
 

@@ -122,7 +122,11 @@ def test_latency_writes_what_draw_reads(tmp_path):
     assert all(row["value"] > 0 and row["floor"] > 0 for row in data["rows"])
     assert data["benchmark"] == "latency" and data["model"] == "tiny" and "--new-tokens" in data["command"]
     assert {"started", "commit", "versions", "devices", "limits", "mesh_text"} <= data.keys()
-    groups = read([found])
+    with pytest.raises(DrawError, match="none is drawn on a CPU"):
+        read([found])
+    gpu = tmp_path / "gpu.json"
+    gpu.write_text(json.dumps(data | {"devices": {"kind": "NVIDIA H200"}}))
+    groups = read([gpu])
     assert [group.title for group in groups] == [f"tiny, latency: {name}" for name in names]
     draw.draw(groups, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -136,6 +136,16 @@ def test_correctness_tells_near_ties_from_errors(tmp_path):
     assert "not compared" in rows(tmp_path, "correctness")[1]["note"]
 
 
+def test_a_reference_of_another_library_is_named_and_computes_in_float32(tmp_path):
+    line = [{"id": "a", "index": 0, "token_ids": [1, 2], "logprobs": []}]
+    identity = {"against": "transformers 5.23.0"}
+    settings = {"dtype": "bfloat16"}
+    cell(tmp_path, "correctness", "stage=1", None, role="baseline", lines=line, identity=identity, settings=settings)
+    cell(tmp_path, "correctness", "stage=2", metrics((8.0,)), devices=2, lines=line)
+    assert [row["exact"] for row in rows(tmp_path, "correctness")] == ["", "1"]
+    assert "- baseline: transformers 5.23.0, float32\n" in (tmp_path / "tables" / "correctness.md").read_text()
+
+
 def test_gpus_energy_and_memory_are_summed_or_the_most(tmp_path):
     memory = [
         {"rank": rank, "host_peak_bytes": (3 + rank) << 30,

@@ -15,7 +15,7 @@ def correctness(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[str],
     rows, divergences = [values(cell) for cell in cells], []
     base = next((cell for cell in cells if cell.role == BASELINE), None)
     if base is None or base.state != "done":
-        why = "no cell of the baseline" if base is None else f"the baseline ({base.mesh or base.name}) is {base.note}"
+        why = "no cell of the baseline" if base is None else f"the baseline ({base.against or base.mesh}): {base.note}"
         return rows, [why], []
     for cell, row in zip(cells, rows):
         if cell.state != "done":
@@ -37,11 +37,13 @@ def correctness(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[str],
         row |= {"missing": len(found["missing"]), "drift_nats": found["drift_nats"]}
         row["agreement_percent"] = found["agreeing"] / found["tokens"] * 100 if found["tokens"] else None
         divergences += [{"model": cell.model, "mesh": cell.mesh} | each for each in found["divergences"]]
-    return rows, [f"baseline: {base.mesh or base.name}, {_dtype(base)}"], divergences
+    return rows, [f"baseline: {base.against or base.mesh}, {_dtype(base)}"], divergences
 
 
 def _dtype(cell: Cell) -> str:
-    """What the run says that it computed in; the reference of another library computes in float32."""
+    """What the run says that it computed in; another library's reference computes in float32."""
+    if cell.against:
+        return "float32"
     settings = (cell.run or {}).get("settings")
     found = settings.get("dtype") if isinstance(settings, dict) else None
     return str(found or cell.settings.get("dtype") or "float32")

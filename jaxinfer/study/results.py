@@ -54,6 +54,7 @@ class Cell:
     role: str
     x: Mapping[str, Any]
     settings: Mapping[str, Any]
+    against: str  # what a baseline that is not ours is: transformers and its version
     state: str
     why: str
     ended: str
@@ -211,10 +212,13 @@ def _read_cell(folder: Path) -> Cell:
     done = state.get("state") == DONE
     metrics = _read(folder / "out.metrics.json", problems, needed=done and about.get("role") != "baseline")
     others = [_read(folder / name, problems) for name in ("out.profile.json", "out.run.json", "sacct.json")]
-    x, settings = (each if isinstance(each := about.get(name), dict) else {} for name in ("x", "settings"))
+    x, settings, identity = (
+        each if isinstance(each := about.get(name), dict) else {} for name in ("x", "settings", "identity")
+    )
     return Cell(
         folder, about["experiment"], about["kind"], about["model"], about["cell"], about["hash"],
-        str(about.get("role") or "point"), x, settings, str(state.get("state") or "waiting"),
+        str(about.get("role") or "point"), x, settings, str(identity.get("against") or ""),
+        str(state.get("state") or "waiting"),
         " ".join(str(state.get("why") or "").split()), str(state.get("ended") or ""), metrics, *others, tuple(problems),
     )  # fmt: skip
 
