@@ -30,7 +30,7 @@ def main():
     zero, error = monitor.run_zero(run.phases.began)
     with monitor.watching(run) as watch:
         began = time.perf_counter()
-        time.sleep(0.5)
+        time.sleep(2.2)  # less is too short for an energy
         found = monitor.end_watch(run, watch, (began, time.perf_counter()), 8)
     print(json.dumps({"began": run.phases.began, "zero": zero, "error": error, **found}), flush=True)
 

@@ -16,7 +16,7 @@ from convert.run import convert
 from jaxinfer import generate
 from jaxinfer.cluster.pulse import Alone
 from jaxinfer.process import monitor as process_monitor
-from jaxinfer.process.monitor import Watch, end_watch
+from jaxinfer.process.monitor import Watch, end_watch, watching
 from jaxinfer.process.run import Run
 from jaxinfer.telemetry.clock import Passage, apart
 from jaxinfer.telemetry.gpu_summary import run_energy, summaries
@@ -303,6 +303,23 @@ def test_a_part_that_is_not_to_be_found_is_told(card, tmp_path, capsys):
     watch = Watch(Monitor([own()], tmp_path / "elsewhere.csv", 0, "node0", 0.0), output, 1, 0.0)
     end_watch(Run("jaxinfer.generate", argparse.Namespace(), Alone(20.0)), watch, (0.0, 9.0), 30)
     assert f"lacks what is not to be found from here: {part_path(output, 0)}" in capsys.readouterr().err
+    assert merged_path(output).exists()
+
+
+def test_samples_that_cannot_become_one_file_stay_in_parts(card, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.jsonl"
+    (tmp_path / "out.gpu.csv" / "in the way").mkdir(parents=True)
+    monkeypatch.setattr(process_monitor, "on_cpu", lambda: False)
+    monkeypatch.setattr(process_monitor, "gpus_on", lambda mesh: [own()])
+    args = argparse.Namespace(output=str(output), monitor="auto", mesh="tensor=1")
+    run = Run("jaxinfer.generate", args, Alone(20.0))
+    with watching(run) as watch:
+        assert end_watch(run, watch, (0.0, 9.0), 30)["gpus"]
+    assert "Is a directory; the samples are in" in capsys.readouterr().err
+    assert part_files(output) == [part_path(output, 0)]
+    with pytest.raises(OSError), watching(run):
+        raise OSError("a run that fails")
+    assert not part_files(output)
 
 
 @pytest.mark.slow
@@ -365,5 +382,5 @@ def test_the_monitors_of_several_processes_leave_one_file_on_one_clock(tmp_path)
 def test_a_process_without_nvml_leaves_the_others_theirs(tmp_path):
     first, other = run_processes(tmp_path / "out.jsonl", "nvmlInitWithFlags", "")
     assert [gpu["rank"] for gpu in first["gpus"]] == [1] and other["gpus"] is None
-    assert first["energy"]["gpu_j"] is None, "it is not that of all GPUs"
+    assert first["energy"]["gpu_j"] is None and "of 2 GPUs did not tell it" in first["energy"]["note"]
     assert {each.rank for each in read_samples(tmp_path / "out.gpu.csv")} == {1}
