@@ -166,7 +166,7 @@ def show(findings: list[Finding], place: Place) -> int:
     out.print(text, soft_wrap=True)
     missing = {each.cell.model.name for each in findings if each.cell.model.missing}
     for name in sorted(missing):
-        text = f"{name}: its checkpoint is not there yet; checked by its preset, without the tokens of its prompts"
+        text = f"{name}: its checkpoint is not there yet; checked by its preset, tokens of texts not counted"
         out.print(text, markup=False, soft_wrap=True)
     return 1 if any(each.cell.refused for each in findings) else 0
 

@@ -276,7 +276,7 @@ class _Expansion:
             parse_stage_layers(text, model.num_layers, stages)
 
     def _counts(self, lines: list[Line]) -> list[int] | None:
-        if self.model.missing:
+        if self.model.missing and not all("prompt_token_ids" in line for line in lines):
             return None
         return token_counts(lines, self.model.tokenizer, self.model.lengths)
 

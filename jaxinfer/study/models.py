@@ -37,7 +37,7 @@ class Known:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.declared.checkpoint) if self.declared.checkpoint else None
+        return None if self.missing or not self.declared.checkpoint else load_tokenizer(self.declared.checkpoint)
 
 
 def know(name: str, declared: Model, needed: bool) -> Known:
