@@ -233,3 +233,27 @@ def test_a_folder_is_one_studys_and_waits_for_the_cells_of_a_killed_one(tmp_path
     with locked(tmp_path, said.append):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert said in ([], ["a cell of a study that was killed still runs; waiting for its end"])
+
+
+def test_what_is_missing_is_said_before_anything_runs(tmp_path):
+    out, path = tmp_path / "out", write(tmp_path)
+    nowhere = {"tiny": {"checkpoint": str(tmp_path / "none")}}
+    for arguments, changes, message in (
+        (
+            ("--cluster", "testbed"),
+            {},
+            "cluster testbed: no Slurm here (sbatch is not on the PATH); run this on a login",
+        ),
+        (
+            (),
+            {"models": nowhere},
+            f"models.tiny: {tmp_path}/none: no such checkpoint folder; python -m convert --source",
+        ),
+        (("--only", "week"), {}, "--only: unknown experiment 'week'"),
+    ):
+        path = write(tmp_path, **changes)
+        words = [sys.executable, "-m", "jaxinfer.study", "run", str(path), "--output", str(out), *arguments]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=own_environment(PATH="/nowhere"))
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.stderr.startswith("jaxinfer.study: error: ") and done.stderr.count("\n") == 1
+        assert not out.exists()

@@ -218,8 +218,8 @@ def run_study(
     poll_s: float,
     say: Say,
 ) -> int:
-    """The exit status: 0 where every cell that can be is measured, 1 where one failed. `reasons`: of cells to the
-    folders of those that do not fit, and why.
+    """The exit status: 0 where every cell that can be is measured, 1 where one failed or asks for what no device could
+    give. `reasons`: of cells to the folders of those that do not fit, and why.
 
     Raises:
       StudyError: another study in the same folder; OSError: a disk that takes no more; KeyboardInterrupt.
@@ -256,7 +256,7 @@ def _conclude(cells: list[Cell], root: Path, say: Say) -> int:
     say(f"{counts['done']} measured, {counts['skipped']} skipped, {counts['failed']} failed; cells: {root / 'cells'}")
     for label, why in failed.items():
         say(f"FAILED: {label}: {why}")
-    return 1 if failed else 0
+    return 1 if failed or any(cell.refused for cell in cells) else 0
 
 
 def _figures(folder: Path) -> str:
