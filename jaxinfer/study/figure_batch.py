@@ -9,6 +9,8 @@ from jaxinfer.study.columns import GIB
 from jaxinfer.study.results import Cell, Spread, by_model
 
 MEMORY = {"device_memory_bytes": "device", "nvml_memory_bytes": "GPU (NVML)", "host_memory_bytes": "host"}
+KNEE = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "color": style.BLACK, "linestyle": "",
+        "markeredgewidth": 0.8}  # fmt: skip
 
 
 def batch(cells: Sequence[Cell]) -> tuple[Any, str]:
@@ -23,19 +25,15 @@ def batch(cells: Sequence[Cell]) -> tuple[Any, str]:
         return None, text
     panels = 2 + (memory is not None)
     figure, axes = style.canvas(style.COLUMN, 1.45 * panels, panels, 1, sharex=True)
-    handles, knee = {}, False
+    handles = {}
     for place, (model, rows) in enumerate(models.items()):
         handles[model] = style.points(axes[0], *_pairs(rows, "output_tokens_per_s"), place)
         style.points(axes[1], *_pairs(rows, "latency_s"), place)
         if memory is not None:
             style.points(axes[2], *_pairs(rows, memory, 1 / GIB), place)
-        for row in rows:
-            if row.get("knee"):
-                knee = True
-                colour = style.line(place)["color"]
-                for panel in axes:
-                    mark = panel.axvline(row["batch"], color=colour, linestyle=":", linewidth=1)
-                handles.setdefault("knee", mark)
+        for row in (row for row in rows if row.get("knee")):
+            for panel, name in zip(axes, ("output_tokens_per_s", "latency_s")):
+                handles["knee"] = panel.plot(row["batch"], row[name].median, **KNEE)[0]
     if "knee" in handles:
         handles["knee"] = handles.pop("knee")  # last
     axes[0].set(ylabel="tokens/s", ylim=(0, None))
@@ -46,7 +44,7 @@ def batch(cells: Sequence[Cell]) -> tuple[Any, str]:
     style.counts(axes[-1].xaxis, batches)
     axes[-1].set(xlabel="requests at once, b")
     style.legend(figure, list(handles.values()), list(handles))
-    return figure, text + " Knee: greatest throughput per latency (Kleinrock, 1979)." * knee
+    return figure, text + " Knee: greatest throughput per latency (Kleinrock, 1979)." * ("knee" in handles)
 
 
 def _pairs(rows: Sequence[dict[str, Any]], name: str, factor: float = 1.0) -> tuple[list[int], list[Spread]]:

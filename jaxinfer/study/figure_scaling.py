@@ -39,12 +39,26 @@ def _series(cells: Sequence[Cell], rows: Any, first: str, second: str) -> tuple[
         if not points:
             continue
         starts.add(compare.baseline(own).devices)
-        one = points.pop("", [])  # one device belongs to every kind of mesh
-        points = {axes: sorted(one + each, key=lambda point: point[0]) for axes, each in points.items()} or {"": one}
+        points = _joined(points)
         for axes, each in points.items():
             parts = [model] * (len(models) > 1) + [axes] * (len(points) > 1)
             lines[", ".join(parts) or model] = each
     return lines, starts
+
+
+def _joined(points: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    """A single mesh whose axes other meshes cut further, and so the one device, is where their series begin."""
+
+    def cut_further(axes: str) -> list[str]:
+        return [other for other in points if other != axes and set(axes.split()) <= set(other.split())]
+
+    single = {axes for axes, each in points.items() if len(each) == 1 and cut_further(axes)}
+    found = {}
+    for axes, each in points.items():
+        if axes not in single:
+            begin = [points[other][0] for other in single if axes in cut_further(other)]
+            found[axes] = sorted([*begin, *each], key=lambda point: point[0])
+    return found
 
 
 def _axes(mesh: str) -> str:

@@ -7,7 +7,7 @@ from jaxinfer import style
 from jaxinfer.study.columns import STEP_TIMES, values
 from jaxinfer.study.results import Cell, number
 
-LETTERS, INCHES_PER_BAR = 22, 0.17
+LETTERS, INCHES_PER_BAR, HIGHEST = 22, 0.17, 8.0  # of a label on one line; inches, of all bars at most
 MOST_STAGES = 64  # on one figure
 KINDS_OF_TIME = {
     name: {"facecolor": colour, "hatch": hatch, "edgecolor": "#333333", "linewidth": 0.4}
@@ -69,9 +69,10 @@ def _bars(rows: Sequence[tuple[str, Mapping[str, Any]]], kinds: Mapping[str, Any
     for place, label in enumerate(labels):
         if name and ":" in label and place:
             at += 0.5  # a gap before the next cell
-        places.append(at)
-        at += 1 + 0.7 * label.count("\n")
-    figure, axes = style.canvas(style.COLUMN, 0.6 + INCHES_PER_BAR * at)
+        more = 0.35 * label.count("\n")
+        places.append(at + more)
+        at += 1 + 2 * more
+    figure, axes = style.canvas(style.COLUMN, 0.6 + min(INCHES_PER_BAR * at, HIGHEST))
     handles, longest = {}, 0.0
     for place, (_, times) in zip(places, rows):
         left = 0.0
