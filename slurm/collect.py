@@ -1,6 +1,7 @@
 """What is made of a job that has ended: its accounting, the merged results, a picture, and what is said of it."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from slurm import jobs, runs, shards
 from slurm.accounting import account, last_state, summary
 
 SHOWN_LINES = 20
+ECHO = re.compile(r"^slurmstepd\S* error: \*\*\* STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*$")  # of another task's failure
 SHOWN_TASKS = 3  # of an array, with their logs
 
 
@@ -107,12 +109,12 @@ def _show_tasks(run: Path, job: str, failed: Mapping[int, jobs.State]) -> None:
 
 
 def _show_logs(folder: Path, job_log: Path) -> None:
-    """The last lines of rank 0's newest log, and of the job's."""
+    """The last lines of the job's log and then, since it says why, of rank 0's newest."""
     ranks = sorted(folder.glob("rank-0-*.log"), key=lambda path: path.stat().st_mtime)
-    for path in (*ranks[-1:], job_log):
+    for path in (job_log, *ranks[-1:]):
         if path.exists() and path.stat().st_size:
-            lines = path.read_text("utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
-            print(f"---- last lines of {path}", *lines, sep="\n", file=sys.stderr)
+            lines = [line for line in path.read_text("utf-8", errors="replace").splitlines() if not ECHO.search(line)]
+            print(f"---- last lines of {path}", *lines[-SHOWN_LINES:], sep="\n", file=sys.stderr)
 
 
 def _show_success(run: Path, told: runs.Told, outputs: list[Path]) -> None:

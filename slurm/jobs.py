@@ -12,6 +12,7 @@ ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 )
 UNKNOWN = "UNKNOWN"  # ours, of a job that neither queue nor accounting knows: it is over, however it ended
+ALIVE = "pending,running,suspended,completing,configuring"
 COMMAND_S = 60.0  # a busy controller answers late
 
 
@@ -82,9 +83,9 @@ def whole(tasks: dict[int, State]) -> State:
     return State(name, reason, tasks=tasks)
 
 
-def of_script(script: Path) -> set[str]:
+def of_script(script: Path, states: str = "all") -> set[str]:
     """Ids of this user's jobs of a job script that are in the queue."""
-    answer = command("squeue", f"--user={os.getuid()}", "--noheader", "--states=all", "--format=%F|%o")
+    answer = command("squeue", f"--user={os.getuid()}", "--noheader", f"--states={states}", "--format=%F|%o")
     return {job for job, _, path in (line.partition("|") for line in answer.splitlines()) if path == str(script)}
 
 

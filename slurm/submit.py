@@ -225,7 +225,9 @@ def _script(args: argparse.Namespace, cluster: Cluster, preset: Path, run: Path,
 def _refuse_running(run: Path) -> None:
     try:
         told = runs.read(run)
-    except UsageError:  # nothing was submitted for it
+    except UsageError:  # nothing was submitted for it; a folder that was emptied may have a job all the same
+        for job in jobs.of_script(run / "job.sh", jobs.ALIVE):
+            raise UsageError(f"{run}: job {job} of its job.sh is in the queue; end it first: scancel {job}") from None
         return
     state = runs.state(told)
     if not state.ended:

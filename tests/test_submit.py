@@ -394,7 +394,9 @@ def test_array_submitted_watched_and_collected_in_steps(bed, model, prompts, tmp
 @pytest.mark.slurm
 def test_failure_shows_the_log(bed, submit, tmp_path):
     said = submit(tmp_path / "run", "--", "--max-context", "1", status=1)
-    assert "max_context" in said.split("last lines of ")[1] and f"{tmp_path}/run/logs/rank-0-node1.log" in said
+    shown = said.split("last lines of ")
+    assert shown[1].startswith(f"{tmp_path}/run/job.log") and shown[2].startswith(f"{tmp_path}/run/logs/rank-0-node1")
+    assert "max_context" in shown[2] and "CANCELLED" not in shown[2]
     assert "ended: FAILED" in said.splitlines()[-1] and str(tmp_path / "run" / "logs") in said.splitlines()[-1]
 
 
@@ -408,7 +410,7 @@ def test_failed_array_shows_the_shard_that_failed(bed, submit, model, prompts, t
     said, job = done.stderr, json.loads((folder / "submit.json").read_text())["job"]
     assert done.returncode == 1 and f"job {job}, task 1 ended: FAILED" in said
     (log,) = (folder / "logs" / "1").glob("rank-0-*.log")
-    assert re.findall(r"---- last lines of (\S+)", said) == [str(log), str(folder / "job-1.log")]
+    assert re.findall(r"---- last lines of (\S+)", said) == [str(folder / "job-1.log"), str(log)]
     assert "error: line 2 (id '2')" in said and "task 0 ended" not in said
     assert said.splitlines()[-1].startswith(
         f"job {job} ended: FAILED (1 COMPLETED, 1 FAILED); results of shard 1 are missing; the same command continues; "
@@ -474,7 +476,7 @@ def test_steps_of_an_allocation(bed, model, prompts, tmp_path):
     (step,) = accounted["records"]
     assert step["id"] == f"{job}.0" and step["nodes"] == ["node1", "node2"] and "gpu" not in step["tres"]
     assert accounted["state"] == "COMPLETED" and accounted["cpu_s"] == step["cpu_s"] > 2
-    assert "max_context" in done.stderr.split("last lines of ")[1] and "ended: FAILED (exit status 2)" in done.stderr
+    assert "max_context" in done.stderr.split("last lines of ")[2] and "ended: FAILED (exit status 2)" in done.stderr
     assert f"error: --nodes: found 3, legal is 1 to 2, which job {job} has" in done.stderr
     assert ask(bed, "--status", folder).items() >= {"job": job, "state": "COMPLETED", "ended": True}.items()
 
