@@ -187,11 +187,13 @@ def start(args: argparse.Namespace) -> None:
 
 @attrs.frozen
 class Run:
-    """Requests that were all given at once. Times in seconds; `tpot` of each, TTFT left out."""
+    """Requests that were all given at once. Times in seconds; `tpot` of each, TTFT left out; `work` as in a run's
+    metrics: from the first scheduling to the last token, without compiling."""
 
     ttft: list[float]
     tpot: list[float]
     latency: float  # of the last
+    work: float
     tokens: int
 
     @property
@@ -205,6 +207,7 @@ def run(llm: Any, prompts: list[list[int]], new_tokens: int) -> Run:
     Raises:
       ValueError: logits that are NaN or infinite.
     """
+    before = llm.engine.stats.work_seconds
     done = llm.generate(prompts, {"max_new_tokens": new_tokens, "ignore_eos": True})
     samples = [each.samples[0] for each in done]
     if error := next((each.error for each in samples if each.error), None):
@@ -213,6 +216,7 @@ def run(llm: Any, prompts: list[list[int]], new_tokens: int) -> Run:
         ttft=[each.ttft_s for each in samples],
         tpot=[(each.latency_s - each.ttft_s) / (each.completion_tokens - 1) for each in samples if new_tokens > 1],
         latency=max(each.latency_s for each in samples),
+        work=llm.engine.stats.work_seconds - before,
         tokens=sum(each.completion_tokens for each in samples),
     )
 

@@ -79,7 +79,7 @@ def figures(bench: Bench, batch: int, runs: list[Run], peer: dict[str, float]) -
     step = floor.step_seconds(bench.model, batch, args.prompt_tokens + args.new_tokens / 2, bench.item, *place)
     first = floor.prefill_seconds(bench.model, [args.prompt_tokens] * batch, *place)
     tpot = middle(runs, lambda run: (run.latency - run.last_ttft) / (args.new_tokens - 1))
-    rate = middle(runs, lambda run: run.tokens / run.latency)
+    rate = middle(runs, lambda run: run.tokens / run.work)
     best = batch * args.new_tokens / (first + (args.new_tokens - 1) * step)
 
     def row(name: str, unit: str, value: float, least: float) -> Row:

@@ -64,14 +64,14 @@ def main() -> None:
         )
 
         def row(name: str, unit: str, work: float) -> Row:
-            return Row(name, unit, work / done.latency, work / best, peers={PEER: peer[name]} if name in peer else {})
+            return Row(name, unit, work / done.work, work / best, peers={PEER: peer[name]} if name in peer else {})
 
         rows = [
             row("output", "tokens/s", done.tokens),
             row("prompts and output", "tokens/s", sum(sizes) + done.tokens),
             row("requests", "requests/s", args.requests),
         ]
-        details = {"seconds": done.latency, "ttft_p50_s": median(done.ttft), "engine": stats}
+        details = {"seconds": done.work, "ttft_p50_s": median(done.ttft), "engine": stats}
         details["tpot_p50_s"] = median(done.tpot) if done.tpot else None
         if bench.sizes["stage"] > 1 and stats["steady_stage_ticks"]:
             bubble = stats["steady_idle_stage_ticks"] / stats["steady_stage_ticks"]

@@ -1,12 +1,14 @@
 """``python -m jaxinfer.generate``: prompts in, completions out, on any mesh of devices."""
 
 import argparse
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from jaxinfer import __version__
 from jaxinfer.cluster import distributed
+from jaxinfer.cluster.launch import slurm_place
 from jaxinfer.cluster.worker import UserError
 from jaxinfer.engine.params import SamplingParams
 from jaxinfer.engine.request import Request
@@ -60,16 +62,17 @@ input lines (.jsonl):
   {"id": "a", "prompt": "Once upon a time", "temperature": 0.8, "n": 2}
   {"prompt_token_ids": [1, 450, 2875], "max_new_tokens": 10}
   {"messages": [{"role": "user", "content": "Tell me a story."}]}
-  The id is optional (the line's number); any sampling option may follow, with underscores. In a .txt file each line is
-  a prompt. A bad line becomes {"id": ..., "line": ..., "error": ...} in the output, and the rest runs.
+  The id is optional (the line's number); any sampling option may follow, with underscores, and meta: any JSON, which
+  comes out again with the result. In a .txt file each line is a prompt. A bad line becomes
+  {"id": ..., "line": ..., "error": ...} in the output, and the rest runs.
 
 output lines:
   id, index (0 to n-1), text, token_ids, finish_reason (stop or length), limit (of a length: max_new_tokens, or
-  context where the model has no room for so many), prompt_tokens, completion_tokens, ttft_s, latency_s, and logprobs
-  where asked for. Beside OUT.jsonl: OUT.run.json (settings, versions, command), OUT.metrics.json, OUT.profile.json
-  of --profile (where each device's time went), and on NVIDIA GPUs OUT.gpu.csv of --monitor (a line per sample and GPU,
-  in seconds since the first process began; an empty cell was not measured). A pipe
-  or a device (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
+  context where the model has no room for so many), prompt_tokens, completion_tokens, ttft_s, latency_s; logprobs where
+  asked for, meta where given. Beside OUT.jsonl: OUT.run.json (settings, versions, command), OUT.metrics.json,
+  OUT.profile.json of --profile (where each device's time went), and on NVIDIA GPUs OUT.gpu.csv of --monitor (a line per
+  sample and GPU, in seconds since the first process began; an empty cell was not measured). A pipe or a device
+  (/dev/stdout) takes the lines alone: nothing is beside it, nothing continued.
   Logits that are NaN or infinite end a sample, no other, as {"id": ..., "index": ..., "error": ...};
   the next run of the same command tries it again, and with another --dtype and --resume-anyway those alone.
 
@@ -246,12 +249,18 @@ def _begin(
     settings = {"model": checkpoint.hexdigest(), "dtype": args.dtype or manifest.dtype, "max_context": args.max_context}
     settings["load_format"] = args.load_format
     described = describe_run(__version__, flags, mesh, hosts) | {"stage_layers_from": cut_from}
+    described["slurm"] = slurm_place(os.environ, run.launch)
     answer: dict[str, Any] = {}
     writer = None
     if run.first:  # one process decides: on a shared file system the others may see an older file
         run.life.beat("start", 3)
         try:
             writer = stack.enter_context(Writer(Path(args.output)))
+            if args.repeats is not None and writer.size and not args.overwrite:
+                raise OutputError(
+                    f"{args.output} has results, and --repeats measures whole runs: choose another output, or "
+                    "--overwrite to start over"
+                )
             done = prepare(
                 writer, records, settings | defaults.to_dict(), described, args.overwrite, args.resume_anyway
             )
@@ -301,7 +310,7 @@ def _run(
                     todo[place] = InputError(record.line, record.id, str(error))
         if args.strict:
             _stop_at_error(todo)
-        llm.engine.prepare()
+        llm.engine.foresee() if args.warm_up else llm.engine.prepare()
 
     llm = load_model(run, add)
     _write_errors(run, todo, writer)
@@ -324,8 +333,13 @@ def _run(
             raise UserError(told)
         run.say(f"WARNING: {told}")
     if summary["stopped_by"]:
-        left = f"{summary['unfinished']:,} of {len(requests):,} requests are left"
-        run.say(f"stopped by {summary['stopped_by']}: {left}; the same command does the rest")
+        left = f"{summary['unfinished']:,} of {len(requests):,} requests are left; the same command does the rest"
+        if args.repeats is not None:
+            whole = "the results are whole" if not summary["unfinished"] else "the results are not whole"
+            left = (
+                f"{summary['repeats']['count']} of {args.repeats} repeats were done, {whole}; --overwrite measures anew"
+            )
+        run.say(f"stopped by {summary['stopped_by']}: {left}")
 
 
 def _write_errors(run: Run, todo: list[InputRecord | InputError], writer: Writer | None) -> None:

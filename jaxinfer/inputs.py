@@ -18,7 +18,7 @@ from jaxinfer.json_text import parse
 from jaxinfer.tokenizer import apply_chat, encode
 
 KINDS = ("prompt", "prompt_token_ids", "messages")
-FIELDS = ("id", *KINDS, *attrs.fields_dict(SamplingParams))
+FIELDS = ("id", *KINDS, "meta", *attrs.fields_dict(SamplingParams))
 
 # UTF-32 first: one of its marks begins with one of UTF-16's
 _OTHER_ENCODINGS = {
@@ -33,13 +33,15 @@ Prompt = str | list[int] | list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class InputRecord:
-    """One request: `value` is a text, token ids or chat messages, as `kind` says; `line` counts from 1."""
+    """One request: `value` is a text, token ids or chat messages, as `kind` says; `line` counts from 1; `meta` is the
+    caller's own and comes out again, None for none."""
 
     line: int
     id: str
     kind: str
     value: Prompt
     params: SamplingParams
+    meta: Any = None
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,10 @@ def parse_record(fields: dict[str, Any], line: int, name: str, defaults: Samplin
         raise ValueError(f"found {' and '.join(kinds) or 'no prompt'}; legal is exactly one of {', '.join(KINDS)}")
     [given] = kinds
     value = _VALUES[given](given, fields[given])
-    overrides = {field: value for field, value in fields.items() if field != "id" and field not in KINDS}
-    return InputRecord(line, name, given, value, defaults.merge(overrides))
+    overrides = {field: value for field, value in fields.items() if field not in ("id", "meta", *KINDS)}
+    meta = fields.get("meta")
+    check_unicode("meta", meta)
+    return InputRecord(line, name, given, value, defaults.merge(overrides), meta)
 
 
 def token_ids(record: InputRecord, tokenizer: Any) -> list[int]:

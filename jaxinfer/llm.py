@@ -61,6 +61,11 @@ class Completion:
     def error(self) -> str | None:
         return self.samples[0].error
 
+    @property
+    def meta(self) -> Any:
+        """What the prompt had under this name."""
+        return self.samples[0].meta
+
 
 @dataclass(frozen=True)
 class Score:
@@ -82,10 +87,10 @@ class LLM:
             print(story.text)
 
     A prompt is a text, a list of token ids, or a dict with the fields of an input line: ``prompt``,
-    ``prompt_token_ids`` or ``messages``, and any sampling field. Requests without a seed draw by their id, which is
-    their place unless a dict gives one: the same call gives the same text. Under several processes each makes the same
-    calls and gets the same results. A call that Ctrl-C or an error ends leaves nothing behind: the next one works, in
-    one process; several no longer agree then.
+    ``prompt_token_ids`` or ``messages``, any sampling field, and ``meta``, which comes out again. Requests without a
+    seed draw by their id, which is their place unless a dict gives one: the same call gives the same text. Under
+    several processes each makes the same calls and gets the same results. A call that Ctrl-C or an error ends leaves
+    nothing behind: the next one works, in one process; several no longer agree then.
 
     Args:
       checkpoint: the folder that ``python -m convert`` wrote; or, for ``load_format="dummy"``, the manifest alone of a
@@ -157,7 +162,7 @@ class LLM:
         """
         self._sweep()
         with self.engine.phases.within("preprocess"):
-            request = Request(record.id, token_ids(record, self.engine.tokenizer), record.params)
+            request = Request(record.id, token_ids(record, self.engine.tokenizer), record.params, record.meta)
             self.engine.add(request)
         return request
 
@@ -243,6 +248,25 @@ class LLM:
             )
             for completion in completions
         ]
+
+    def warm_up(
+        self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None = None
+    ) -> dict[str, float]:
+        """Compiles every program that `generate` will need for these prompts, and runs each once on nothing: the next
+        call with them, or with others of their lengths and parameters, waits for no program. What the engine learnt of
+        outputs' lengths is forgotten. See `Engine.warm_up`.
+
+        Raises:
+          ValueError: a prompt that can never run, with its place; RuntimeError: requests are unfinished.
+        """
+        self._sweep()
+        self.engine.forget()
+        try:
+            self._add_all(_pairs(prompts, params))
+            return self.engine.warm_up()
+        finally:
+            self.drop()
+            self.engine.forget()
 
     def drop(self) -> None:
         """Ends what is unfinished, now."""

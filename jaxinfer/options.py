@@ -69,6 +69,17 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
     what = "sample the GPUs ten times a second into OUT.gpu.csv: use, memory, power, energy, temperature, clocks, "
     what += "traffic (default: auto, where there is an output and NVML)"
     group.add_argument("--monitor", choices=("auto", "off"), default="auto", help=what)
+    what = "compile all programs, and run each once, before the first request begins: no time is then of compiling"
+    group.add_argument("--warm-up", action="store_true", help=what)
+    what = "run the requests N times, to know how figures vary; results are of the first time. Steps of --profile are "
+    what += "then of one more time, in no figure"
+    group.add_argument("--repeats", type=_repeats, metavar="N", help=what)
+
+
+def _repeats(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, legal is a whole number of at least 1")
+    return int(text)
 
 
 def _steps(text: str) -> tuple[int, int]:

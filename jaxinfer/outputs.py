@@ -41,14 +41,18 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def output_line(output: Output) -> dict[str, Any]:
-    """The fields of a result; logprobs only where asked for. Of one that ended with an error, that alone: a run that
-    continues does it again, as it does bad lines, since what mends it is another dtype (with --resume-anyway)."""
+    """The fields of a result; logprobs and meta only where asked for. Of one that ended with an error, that alone:
+    a run that continues does it again, as it does bad lines, since what mends it is another dtype (with
+    --resume-anyway)."""
     if output.error is not None:
-        return {"id": output.id, "index": output.index, "error": output.error}
+        meta = {} if output.meta is None else {"meta": output.meta}
+        return {"id": output.id, "index": output.index, "error": output.error} | meta
     line = {name: getattr(output, name) for name in (each.name for each in dataclasses.fields(output))}
     for name in ("ttft_s", "latency_s"):
         line[name] = round(line[name], 6)
     del line["error"]
+    if line["meta"] is None:
+        del line["meta"]
     for name in ("logprobs", "prompt_logprobs"):
         if line[name] is None:
             del line[name]

@@ -103,7 +103,7 @@ def wrapped(text: str, letters: int) -> str:
 def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> Any:
     """A legend below all axes, whole: in as many columns as fit, long names on several lines, and the figure as much
     taller as the legend is. After everything else is drawn."""
-    width = 0.98 * figure.bbox.width
+    width = figure.bbox.width
     made = None
     for columns in range(min(len(labels), MOST_COLUMNS), 0, -1):
         made = _legend(figure, handles, labels, columns)

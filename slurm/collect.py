@@ -124,7 +124,7 @@ def _show_success(run: Path, told: runs.Told, outputs: list[Path]) -> None:
             metrics = json.loads((output.parent / f"{output.stem}.metrics.json").read_bytes())
         except (OSError, ValueError):
             continue
-        tokens, seconds = tokens + metrics.get("output_tokens", 0), max(seconds, metrics.get("wall_s", 0))
+        tokens, seconds = tokens + metrics.get("output_tokens", 0), max(seconds, metrics.get("work_s", 0))
     rate = f": {tokens:,.0f} tokens, {tokens / seconds:,.0f} per second in the last attempt" if seconds else ""
     print(f"{runs.name(told)} is complete{rate}\n{run}:", file=sys.stderr)
     for path in sorted(run.iterdir()):

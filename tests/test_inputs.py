@@ -33,12 +33,19 @@ def test_each_kind_of_prompt_and_its_overrides(tmp_path):
         {"prompt": "a"},
         {"id": "x", "prompt_token_ids": [1, 2], "temperature": 0, "n": 3, "stop": "end"},
         {"id": 7, "messages": messages, "logit_bias": {"5": 1}},
+        {"prompt": "a", "meta": {"variant": [1, None]}},
+        {"prompt": "a", "meta": None},
+        b'{"prompt": "a", "meta": ["\\ud800"]}',
     )
     assert records == [
         InputRecord(1, "1", "prompt", "a", DEFAULTS),
         InputRecord(2, "x", "prompt_token_ids", [1, 2], DEFAULTS.merge({"temperature": 0, "n": 3, "stop": "end"})),
         InputRecord(3, "7", "messages", messages, DEFAULTS.merge({"logit_bias": {5: 1}})),
+        InputRecord(4, "4", "prompt", "a", DEFAULTS, {"variant": [1, None]}),
+        InputRecord(5, "5", "prompt", "a", DEFAULTS),
+        InputError(6, "6", records[-1].message),
     ]
+    assert records[-1].message.startswith("meta: half of a surrogate pair")
 
 
 def test_lines_are_counted_as_an_editor_does(tmp_path):

@@ -1,5 +1,6 @@
 """Figures of a run: what they count, from updates whose times are known."""
 
+import re
 import subprocess
 import time
 
@@ -9,6 +10,7 @@ from jaxinfer.engine.request import Output, Stats, Update
 from jaxinfer.telemetry.manifest import describe_run, git_commit
 from jaxinfer.telemetry.metrics import RunMetrics, percentiles, rows
 from jaxinfer.telemetry.peaks import memory_bandwidth
+from jaxinfer.telemetry.software import cuda_text, gpu_versions, nccl_text
 
 
 def output(name: str, index: int, tokens: int, ttft: float, latency: float, limit="max_new_tokens") -> Output:
@@ -107,6 +109,22 @@ def test_a_run_is_described(tmp_path):
     assert run["versions"]["jaxinfer"] == "1.2.3" and run["versions"]["jax"]
     assert run["hosts"] == ["node1", "node2"] and run["mesh"] == {"stage": 2}
     assert run["devices"]["count"] >= 1 and run["command"]
+    assert run["gpus"] == [] and run["driver"] is run["cuda"] is run["nccl"] is None  # on CPU devices
+
+
+def test_versions_in_words():
+    assert (cuda_text(12080), cuda_text(13000), nccl_text(22703), nccl_text(21805)) == (
+        "12.8",
+        "13.0",
+        "2.27.3",
+        "2.18.5",
+    )
+
+
+@pytest.mark.gpu
+def test_versions_of_this_machine():
+    found = gpu_versions()
+    assert all(re.fullmatch(r"\d+(\.\d+)+", text) for text in found.values()), found
 
 
 def test_the_commit_and_whether_files_differ_from_it(tmp_path):

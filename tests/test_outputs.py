@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,10 @@ def test_a_line_has_the_fields_of_the_command(out):
     plain = output_line(Output("a", 0, "", [], "length", "context", 3, 0, 0.1, 0.2))
     assert "logprobs" not in plain and "prompt_logprobs" not in plain
     assert (plain["finish_reason"], plain["limit"]) == ("length", "context")
+    assert "meta" not in plain and output_line(replace(output, meta=[1]))["meta"] == [1]
+    assert output_line(replace(output, error="x", meta={"a": 0})) == {
+        "id": "a", "index": 1, "error": "x", "meta": {"a": 0},
+    }  # fmt: skip
 
 
 def test_files_beside_the_output():

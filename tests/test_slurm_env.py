@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.cluster.launch import find_launch, missed_srun
+from jaxinfer.cluster.launch import find_launch, missed_srun, slurm_place
 from jaxinfer.cluster.slurm import ClusterError, Step, expand_counts, expand_hosts, read_step
 from jaxinfer.cluster.visible import visible_devices
 
@@ -279,6 +279,21 @@ def test_a_step_of_another_job_left_in_a_batch_script_is_none():
     assert process["env"]["SLURM_STEP_NODELIST"] == "a01" and process["host"] == "a02"
     assert find_launch(process["env"]) is None
     assert "this job has 4 tasks, but without srun" in missed_srun(process["env"], None)
+
+
+def test_where_a_run_is_in_words():
+    (process,) = CAPTURES["batch-from-a-step"]
+    job = process["env"]["SLURM_JOB_ID"]
+    assert slurm_place(process["env"], None) == {"job": job, "step": None, "nodes": ["a02"]}
+    env = CAPTURES["gpus-per-node"][1]["env"]
+    launch = find_launch(env)
+    found = slurm_place(env, launch)
+    assert found == {
+        "job": env["SLURM_JOB_ID"],
+        "step": env["SLURM_STEP_ID"],
+        "nodes": list(dict.fromkeys(launch.hosts)),
+    }
+    assert slurm_place({}, None) is None and slurm_place({}, find_launch({}, "localhost:5000", 1, 0)) is None
 
 
 @pytest.mark.parametrize(

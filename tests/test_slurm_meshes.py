@@ -78,6 +78,11 @@ def test_tokens_of_one_process(folder, slurm_bed, alone, tmp_path, nodes, tasks,
     assert tokens(output) == alone
     # node by node, so that tensor is inside a node
     assert run_of(output)["hosts"] == [f"node{node}" for node in range(1, nodes + 1) for _ in range(tasks)]
+    place = run_of(output)["slurm"]
+    assert place["nodes"] == [f"node{node}" for node in range(1, nodes + 1)] and place["job"].isdigit()
+    metrics = json.loads(output.with_name("out.metrics.json").read_text())
+    for kind in ("phases", "memory"):
+        assert [(each["rank"], each["host"]) for each in metrics[kind]] == list(enumerate(run_of(output)["hosts"]))
     # rank 0 alone says which mesh it is
     assert re.findall(r"mesh: (\S+) ", done.stderr) == ([chosen] if chosen else [])
     assert not slurm_bed.stray()

@@ -5,6 +5,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -95,6 +96,16 @@ def find_launch(
         run=step.run,
         step=f"{step.job}.{step.step}",
     )
+
+
+def slurm_place(env: Mapping[str, str], launch: Launch | None) -> dict[str, Any] | None:
+    """``job``, ``step`` (None without srun) and the names of the ``nodes`` of this run; None outside of a job."""
+    if launch is not None and launch.step is not None:
+        job, _, step = launch.step.partition(".")
+        return {"job": job, "step": step, "nodes": list(dict.fromkeys(launch.hosts))}
+    if "SLURM_JOB_ID" not in env:
+        return None
+    return {"job": env["SLURM_JOB_ID"], "step": None, "nodes": [env.get("SLURMD_NODENAME", socket.gethostname())]}
 
 
 def missed_srun(env: Mapping[str, str], launch: Launch | None) -> str | None:

@@ -26,6 +26,7 @@ from jaxinfer.engine.device import check_dtype, device_memory
 from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.fit import fit_or_advise
 from jaxinfer.engine.memory import explained
+from jaxinfer.engine.needed import needed_programs
 from jaxinfer.engine.programs import WITHOUT_COMMAND_BUFFERS, Program
 from jaxinfer.engine.request import Request, Stats, Update, checked
 from jaxinfer.engine.runner import Result, Runner
@@ -123,7 +124,8 @@ class Engine:
                 prefill_ticks=config.ticks_per_block(),
             )
         )
-        self._prepared = False
+        self._prepared = self._foreseen = False
+        self._warm_up_seconds = 0.0
         self._samples: dict[Sequence, Sample] = {}
         self._open: dict[str, list[Sequence]] = {}
         self._next_uid = 0
@@ -183,7 +185,7 @@ class Engine:
             raise
         if not self._open:
             self._runner.forget_requirements()
-            self._prepared, self._worked = False, None
+            self._prepared, self._foreseen, self._worked = False, False, None
         self._runner.require(params, sequences[0].cache_tokens)
         now = time.perf_counter()
         for sequence in sequences:
@@ -255,9 +257,68 @@ class Engine:
             with self.phases.within("load"), self.loading_stops_at_error(), self._explained("load"):
                 self._runner.begin(self._loading.result())
             self._loading = None
-            now = time.perf_counter()
-            for sample in self._samples.values():
-                sample.arrived = now
+            self.arrive()
+
+    def arrive(self) -> None:
+        """The requests so far count as added now: what came before is no wait of theirs."""
+        now = time.perf_counter()
+        for sample in self._samples.values():
+            sample.arrived = now
+
+    def foresee(self) -> None:
+        """Begins to compile every program that the requests so far can need, in a new engine and if nothing else is
+        added until they have ended; `warm_up` waits for them."""
+        with self._warming():
+            samples = [each for sequences in self._open.values() for each in sequences]
+            programs = needed_programs(
+                self._runner,
+                self.scheduler.config,
+                samples,
+                self.model.eos_token_ids,
+                lambda number: self._beat("compile", number, False),
+            )
+            self._runner.compile_all(programs, self.scheduler.ahead())
+            self._foreseen = self._prepared = True
+
+    def warm_up(self) -> dict[str, float]:
+        """Compiles what `foresee` says and runs each program once on nothing: these requests will then wait for no
+        program, and count as added now. How many programs (``programs``), and how long this took beside loading
+        (``seconds``).
+
+        Raises:
+          CheckpointError: the weights cannot be read; OutOfMemory: a device has less room than planned.
+        """
+        self._mend()
+        if not self._foreseen:
+            self.foresee()
+        self.wait_loaded()
+        self._torn = True
+        with self._warming(), self._explained("compile"):
+            self._runner.warm_up(lambda number: self._beat("compile", number, True))
+        self._torn = False
+        self.stats.compiled_programs = self._runner.programs.count
+        self.arrive()
+        return {"programs": self.stats.compiled_programs, "seconds": self._warm_up_seconds}
+
+    @contextmanager
+    def _warming(self) -> Iterator[None]:
+        with self.phases.within("compile"):
+            began = time.perf_counter()
+            yield
+            self._warm_up_seconds += time.perf_counter() - began
+
+    def forget(self) -> None:
+        """Back to where it was before its first request, with all programs: what it learnt of outputs' lengths goes.
+
+        Raises:
+          RuntimeError: requests are unfinished.
+        """
+        self._mend()
+        if self._open:
+            raise RuntimeError(f"{len(self._open)} requests are unfinished")
+        self.wait()
+        self._in_flight.clear()
+        self.scheduler = self.scheduler.emptied()
 
     @contextmanager
     def loading_stops_at_error(self) -> Iterator[None]:

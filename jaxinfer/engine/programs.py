@@ -155,7 +155,7 @@ class Programs:
         needed = [self._compiled[program]] if self._alone else list(self._compiled.values())
         if not _all_done(needed):
             with self._waiting():
-                self._wait(needed)
+                self.wait(needed)
         self.ran[program] = None
         compiled = self._apart.get(program, self._compiled[program])
         return compiled.result()(params, state, inputs, sampling)
@@ -181,7 +181,9 @@ class Programs:
             yield
             self.compile_seconds += time.perf_counter() - began
 
-    def _wait(self, needed: list[Future]) -> None:
+    def wait(self, needed: list[Future] | None = None) -> None:
+        """Until these, or all that began, are compiled."""
+        needed = list(self._compiled.values()) if needed is None else needed
         while not _all_done(needed):
             self._compiling()
             wait([each for each in self._compiled.values() if not each.done()], return_when=FIRST_COMPLETED)

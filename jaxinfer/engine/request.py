@@ -9,11 +9,12 @@ from jaxinfer.engine.prompt import check_unicode, shown, whole_numbers
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids and how to continue it."""
+    """A prompt of token ids and how to continue it; `meta` comes out again with each sample."""
 
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    meta: Any = None
 
 
 def checked(request: Request) -> Request:
@@ -53,7 +54,8 @@ class Output:
     where the logits were NaN or infinite: `error` says at which token, and what to try; text and tokens are those
     before it. `limit` is None, or which one a ``length`` is of: ``max_new_tokens``, or ``context`` where the request
     asked for more tokens than its prompt leaves room for. `token_ids` keep the stop token; `text` has neither it nor
-    the stop string. `prompt_logprobs` starts with None: nothing comes before the first token."""
+    the stop string. `prompt_logprobs` starts with None: nothing comes before the first token. `meta` is the
+    request's."""
 
     id: str
     index: int
@@ -68,6 +70,7 @@ class Output:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: str | None = None
+    meta: Any = None
 
 
 @dataclass(frozen=True)

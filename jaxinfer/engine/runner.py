@@ -1,6 +1,6 @@
 """From the scheduler's decisions to device programs: builds their arrays, runs them, starts the copy of results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +74,8 @@ class Runner:
         self._on_device: SamplingArrays | None = None
         self._required = Features()
         self._longest = 1  # tokens of an unfinished request, at its end
+        self._foreseen: list[Program] = []  # see `compile_all`
+        self._needless: set[Program] = set()  # that a guess names and nothing will run
 
     def begin(self, params: Any) -> None:
         """Takes the weights and makes the state."""
@@ -99,7 +101,15 @@ class Runner:
         self._state = self.programs.new_state()
 
     def compile_ahead(self, ahead: Ahead) -> None:
-        """Begins to compile what the waiting requests will need."""
+        """Begins to compile what the waiting requests will probably need."""
+        self.programs.compile_ahead(each for each in self._guessed(ahead) if each not in self._needless)
+
+    def compile_all(self, programs: list[Program], ahead: Ahead) -> None:
+        """Begins to compile `programs`, which are all that the waiting requests can need, whatever `ahead` says."""
+        self._foreseen, self._needless = programs, set(self._guessed(ahead)).difference(programs)
+        self.programs.compile_ahead(programs)
+
+    def _guessed(self, ahead: Ahead) -> list[Program]:
         features = self._required._replace(score=ahead.score)
         prefills = [
             self._program("prefill", *shape, self._width(self._pages(tokens)), features)
@@ -109,7 +119,39 @@ class Runner:
         widths = [width for width in self._widths if first <= width <= last] if ahead.rows else []
         decodes = [self._program("decode", ahead.rows, 0, width, self._required) for width in widths]
         # decoding soon follows the first prefill
-        self.programs.compile_ahead([*prefills[:1], *decodes, *prefills[1:]])
+        return [*prefills[:1], *decodes, *prefills[1:]]
+
+    def program(self, dispatch: PrefillTick | DecodeBlock) -> Program:
+        """The one that runs a dispatch, the scheduler's latest."""
+        if isinstance(dispatch, DecodeBlock):
+            pages = max(len(sequence.pages) for row in dispatch.owners for sequence in row if sequence is not None)
+            return self._program("decode", dispatch.rows, 0, self._width(pages), self._required)
+        live = [each for shards in dispatch.stages for rows in shards for each in rows if each is not None]
+        features = self._required._replace(score=any(each.score for each in live))
+        pages = max((len(each.pages) for each in live), default=1)
+        return self._program("prefill", *dispatch.shape, self._width(pages), features)
+
+    def may_follow(
+        self, rows: Iterable[int], shapes: Iterable[tuple[int, int]], tokens: int, score: bool
+    ) -> Iterator[Program]:
+        """All programs of these row buckets and shapes of ticks for sequences of up to so many tokens."""
+        widths = self._widths[: self._widths.index(self._width(self._pages(tokens))) + 1]
+        widths = widths[-1:] if self._whole_tables else widths
+        for width in widths:
+            yield from (self._program("decode", each, 0, width, self._required) for each in rows)
+            for scores in (False, True)[: 1 + score]:
+                features = self._required._replace(score=scores)
+                yield from (self._program("prefill", *shape, width, features) for shape in shapes)
+
+    def warm_up(self, beat: Callable[[int], None]) -> None:
+        """Waits for what `compile_all` began, and runs each once on no rows: on a GPU a first call takes seconds, since
+        it brings the kernels there. `beat` is told ahead of each."""
+        counted = self.programs.compile_seconds
+        self.programs.wait()
+        for number, program in enumerate(self._foreseen):
+            beat(number)
+            self._result(program, self.programs.inputs(program)).read()
+        self.programs.compile_seconds = counted  # no request waited
 
     def _program(self, kind: str, rows: int, tokens: int, width: int, features: Features) -> Program:
         return Program(kind, rows, tokens, width, features, self._counts or features.adjust)
@@ -131,16 +173,14 @@ class Runner:
             for at, sequence in enumerate(owners)
             if sequence is not None
         ]
-        width = self._width(max(len(sequence.pages) for _, sequence in rows))
-        program = self._program("decode", block.rows, 0, width, self._required)
+        program = self.program(block)
         inputs = self.programs.inputs(program)
         inputs.keep[:] = block.keep
         for at, sequence in rows:
             inputs.active[at] = True
             inputs.limit[at], inputs.prompt_length[at] = sequence.limit, len(sequence.prompt)
             inputs.tables[at][: len(sequence.pages)] = sequence.pages
-        emitted = self._run(program, inputs)[0]
-        return Result(emitted).start_copy()
+        return self._result(program, inputs)
 
     def prefill(self, tick: PrefillTick) -> Result:
         live = [
@@ -150,9 +190,7 @@ class Runner:
             for row, each in enumerate(shard_rows)
             if each is not None
         ]
-        features = self._required._replace(score=any(each.score for _, each in live))
-        pages = max((len(each.pages) for _, each in live), default=1)
-        program = self._program("prefill", *tick.shape, self._width(pages), features)
+        program = self.program(tick)
         inputs = self.programs.inputs(program)
         for (stage, shard, row), each in live:
             at, tokens = (stage, shard, row), each.seq.tokens
@@ -164,18 +202,17 @@ class Runner:
             if stage == 0:
                 inputs.tokens[shard, row, : each.count] = tokens[each.start : each.start + each.count]
                 self._own(each.seq)
-            if features.score and stage == self._stages - 1:
+            if program.features.score and stage == self._stages - 1:
                 known = tokens[each.start + 1 : each.start + each.count + 1]
                 inputs.targets[shard, row, : len(known)] = known
-        emitted, scored = self._run(program, inputs)
-        return Result(emitted, scored).start_copy()
+        return self._result(program, inputs)
 
-    def _run(self, program: Program, inputs: DecodeInputs | PrefillInputs) -> list[Any]:
+    def _result(self, program: Program, inputs: DecodeInputs | PrefillInputs) -> Result:
         if program.counts and not self._counts:
             self._state, self._counts = self.programs.with_counts(self._state), True
         sampling = self._row_sampling() if program.features.reads_rows else None
         self._state, *emitted = self.programs.run(program, self._params, self._state, inputs, sampling)
-        return emitted
+        return Result(*emitted).start_copy()
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._page_size)

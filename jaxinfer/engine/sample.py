@@ -107,6 +107,7 @@ class Sample:
             logprobs=None if params.logprobs is None else self._logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else self._prompt_logprobs,
             error=self._error if reason == "error" else None,
+            meta=self._request.meta,
         )
 
 

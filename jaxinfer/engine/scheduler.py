@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jaxinfer.engine.admission import Admission
 from jaxinfer.engine.scheduler_config import SchedulerConfig
 from jaxinfer.engine.sequence import Ahead, DecodeBlock, PrefillRow, PrefillTick, Sequence, State
-from jaxinfer.engine.shapes import WIDE, cost, row_buckets, taken
+from jaxinfer.engine.shapes import WIDE, cost, covering, taken
 
 
 @dataclass
@@ -361,7 +361,7 @@ class Scheduler:
         return self._covering(-(-min(unfinished, self._admission.batch) // self.config.stages))
 
     def _covering(self, rows: int) -> int:
-        return next(bucket for bucket in row_buckets(self.config.rows) if bucket >= rows)
+        return covering(rows, self.config.rows)
 
     def _block_rows(self, owners: list[list[Sequence | None]]) -> int:
         """The smallest row bucket in use that covers every owner.

@@ -13,6 +13,11 @@ def row_buckets(rows: int) -> tuple[int, ...]:
     return (*buckets, *range(WIDE, rows, WIDE), rows)
 
 
+def covering(needed: int, rows: int) -> int:
+    """The least of `row_buckets` with so many rows."""
+    return next(bucket for bucket in row_buckets(rows) if bucket >= needed)
+
+
 def cost(shape: tuple[int, int]) -> int:
     """Of a prefill tick of (rows, tokens per row), in tokens."""
     return shape[0] * shape[1] + TICK_TOKENS

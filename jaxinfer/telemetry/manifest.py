@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.telemetry.software import gpu_versions
+
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers")
 
 
 def describe_run(version: str, flags: Mapping[str, Any], mesh: Mapping[str, int], hosts: list[str]) -> dict[str, Any]:
-    """A run as JSON: `version` of this package, the command's flags, the mesh, and the host of each process."""
+    """A run as JSON: `version` of this package, the command's flags, the mesh, and the host of each process. ``gpus``
+    are the names of all devices that are some, in JAX's order; versions below JAX are of this process's host."""
     import jax
 
     devices = jax.devices()
@@ -26,6 +29,8 @@ def describe_run(version: str, flags: Mapping[str, Any], mesh: Mapping[str, int]
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
         "hosts": hosts,
         "versions": {"jaxinfer": version, "python": platform.python_version(), **packages},
+        "gpus": [device.device_kind for device in devices if device.platform == "gpu"],
+        **gpu_versions(),
         "commit": git_commit(Path(__file__).parent),
     }
 

@@ -1,9 +1,9 @@
 """Figures of a run: latencies as a reader of the stream sees them, rates, and decode's share of the device's peak.
 
-TTFT is the time from a request's arrival to its first token, its wait in the queue included; TPOT the time per token
-after the first, one value per sample; ITL the time between two deliveries to one sample, each of up to as many tokens
-as decode steps share a dispatch. Rates are of the work: from the first scheduling to the last result, less the time in
-between that the main thread waited for programs to be compiled.
+TTFT is the time from a request's arrival to its first token, its wait in the queue included, latency that to its last
+one; TPOT the time per token after the first, one value per sample; ITL the time between two deliveries to one sample,
+each of up to as many tokens as decode steps share a dispatch. Rates are of the work: from the first scheduling to the
+last result, less the time in between that the main thread waited for programs to be compiled.
 """
 
 import time
@@ -34,6 +34,7 @@ class RunMetrics:
     def __init__(self) -> None:
         self._began = self._ended = time.perf_counter()
         self._ttft, self._tpot, self._itl = array("d"), array("d"), array("d")
+        self._latency = array("d")
         self._last: dict[tuple[str, int], float] = {}
         self._requests: set[str] = set()
         self._samples = 0
@@ -67,6 +68,7 @@ class RunMetrics:
             self._prompt_tokens += output.prompt_tokens
         if output.completion_tokens:
             self._ttft.append(output.ttft_s)
+            self._latency.append(output.latency_s)
         if output.completion_tokens > 1:
             self._tpot.append((output.latency_s - output.ttft_s) / (output.completion_tokens - 1))
 
@@ -100,6 +102,7 @@ class RunMetrics:
             "ttft_s": percentiles(self._ttft),
             "tpot_s": percentiles(self._tpot),
             "itl_s": percentiles(self._itl),
+            "latency_s": percentiles(self._latency),
             "bubble_share": _share(stats["idle_stage_ticks"], stats["stage_ticks"]),
             "steady_bubble_share": _share(stats["steady_idle_stage_ticks"], stats["steady_stage_ticks"]),
             "device_kind": device_kind,
@@ -108,6 +111,12 @@ class RunMetrics:
             "share_of_peak": _share(bandwidth, peak),
             "engine": dict(stats),
         }
+
+
+def since(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's counts of a part of its life: what was loaded and compiled for it may have come earlier."""
+    whole = ("load_seconds", "load_bytes", "compiled_programs")
+    return {name: value - (0 if name in whole else before[name]) for name, value in after.items()}
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
@@ -133,12 +142,16 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
     limits = ", ".join(f"{count:,} by {name}" for name, count in summary["ended_by_limit"].items() if count)
     programs = f"{engine['compiled_programs']} programs, one per shape bucket"
     wall = f"{summary['wall_s']:.2f} s, {engine['compile_seconds']:.2f} s of it compiling {programs}"
+    warm_up, repeats = summary.get("warm_up"), summary.get("repeats")
+    if warm_up is not None:
+        wall = f"{summary['wall_s']:.2f} s; before it {warm_up['seconds']:.2f} s of warming up {programs}"
     lines = [
         ("requests", requests if summary["samples"] != summary["requests"] else f"{summary['requests']:,}"),
         *((name, f"{count:,}") for name, count in notes.items() if count),
         *([("ended by a limit", limits)] if limits else []),
         *([("failed", f"{summary['failed']:,} samples: non-finite logits")] if summary["failed"] else []),
         ("tokens", tokens),
+        *([("repeats", _repeats(repeats))] if repeats else []),
         ("wall time", wall),
         ("work time", f"{summary['work_s']:.2f} s, first admission to last token less compiling"),
         ("output tokens/s", _rate(summary["output_tokens_per_s"])),
@@ -154,8 +167,28 @@ def rows(summary: Mapping[str, Any], notes: Mapping[str, int]) -> list[tuple[str
         *([("GPUs", _gpus(summary["gpus"]))] if summary.get("gpus") else []),
         *([("energy", _energy(summary["energy"]))] if summary.get("energy") else []),
         *([("phases in s", _phases(summary["phases"]))] if "phases" in summary else []),
+        *([("peak memory", _memory(summary["memory"]))] if "memory" in summary else []),
     ]
     return lines
+
+
+def _repeats(repeats: Mapping[str, Any]) -> str:
+    count, asked = repeats["count"], repeats["asked"]
+    text = f"{count} of {asked}" if count < asked else f"{count}"
+    if "work_s" in repeats["figures"] and count > 1:
+        work = repeats["figures"]["work_s"]
+        text += f", figures are medians; work time {work['least']:.2f} to {work['most']:.2f} s"
+    return text + ("" if repeats["same_tokens"] else "; THEIR TOKENS DIFFER")
+
+
+def _memory(processes: list[Mapping[str, Any]]) -> str:
+    host = [each["host_peak_bytes"] for each in processes if each["host_peak_bytes"] is not None]
+    devices = [device for each in processes for device in each["devices"]]
+    parts = [f"host {max(host) / 2**30:.2f} GiB"] if host else []
+    for name, key in (("allocated", "allocator_peak_bytes"), ("on the GPU", "nvml_peak_bytes")):
+        known = [device[key] for device in devices if device[key] is not None]
+        parts += [f"{name} {max(known) / 2**30:.2f} GiB"] if known else []
+    return (", ".join(parts) or "-") + (" (the most of all ranks)" if len(processes) > 1 else "")
 
 
 def _rate(per_second: float | None) -> str:
