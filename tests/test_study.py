@@ -256,6 +256,12 @@ def test_a_hash_is_of_all_that_the_figures_follow_from_and_of_nothing_else(tmp_p
     ]
     assert len({same, *others}) == 8
 
+    def last(a):
+        measured = {"optimization": {"mesh": "stage=2", "a": a, "b": {"stage_layers": "measured"}}}
+        return cells_of(tmp_path, experiments=measured)[-1].hash
+
+    assert last({"stage_layers": [1, 1]}) != last({})  # what is measured by another profile is another cell
+
 
 def test_the_code_is_hashed_by_its_sources_and_not_by_the_commit(tmp_path, monkeypatch):
     package = tmp_path / "jaxinfer"
