@@ -353,11 +353,11 @@ def test_check_says_what_does_not_fit_and_how_long_the_rest_takes(tmp_path):
         line.split("│")[2].strip(): " ".join(line.split()) for line in done.stdout.splitlines() if "│ big-" in line
     }
     assert done.returncode == 0, done.stderr
-    assert "skipped: memory: needs" in lines["big-stage1"]
+    assert "\nskipped: strong/big-stage1: memory: needs" in done.stdout
     assert lines["big-stage4"].endswith("fits │") and lines["big-stage8"].split(" │ ")[3] == "2"
     assert "3 cells on leonardo-booster" in done.stdout and "2 to run, 1 that cannot; about" in done.stdout
     refused = study_command("check", write(tmp_path, settings={"max_new_tokens": 10**6}))
-    assert refused.returncode == 1 and "refused: prompt '1'" in " ".join(refused.stdout.split())
+    assert refused.returncode == 1 and "\nrefused: strong/tiny-stage1: prompt '1': 5 tokens" in refused.stdout
 
 
 @pytest.mark.slow

@@ -32,6 +32,12 @@ class Finding:
     seconds: float | None = None
 
     @property
+    def verdict(self) -> str:
+        if self.why:
+            return "refused" if self.cell.refused else "skipped"
+        return "legal" if self.memory is None else "fits"
+
+    @property
     def node_hours(self) -> float | None:
         if self.seconds is None or self.cell.seats is None:
             return None
@@ -142,15 +148,15 @@ def show(findings: list[Finding], place: Place) -> int:
     table = Table("experiment", "cell", "mesh", "nodes", "requests", "GiB", "seconds", "node-hours", "")
     for each in findings:
         cell, nodes = each.cell, each.cell.seats.nodes if each.cell.seats else None
-        verdict = f"refused: {each.why}" if cell.refused else f"skipped: {each.why}" if each.why else "fits"
-        if not each.why and each.memory is None:
-            verdict = "legal"
         table.add_row(
             cell.experiment, cell.name, cell.mesh, _number(nodes), str(len(cell.lines)),
             _number(each.memory and each.memory / (1 << 30), 2), _number(each.seconds, 1), _number(each.node_hours, 2),
-            verdict,
+            each.verdict,
         )  # fmt: skip
     out.print(table)
+    for each in findings:
+        if each.why:
+            out.print(f"{each.verdict}: {each.cell.label}: {each.why}", markup=False, soft_wrap=True)
     able = [each for each in findings if not each.why]
     hours = [each.node_hours for each in able]
     known = [each for each in hours if each is not None]
