@@ -293,9 +293,8 @@ def _run(
 ) -> None:
     """Loads the model, runs the records, writes what comes of them; a bad record gives way to its error in `todo`."""
     from jaxinfer.batch import run_batch
-    from jaxinfer.profiled import conclude
+    from jaxinfer.profiled import begin, conclude
     from jaxinfer.telemetry.metrics import show
-    from jaxinfer.telemetry.profile import Profile
 
     args = run.args
     requests: dict[str, Request] = {}
@@ -321,7 +320,7 @@ def _run(
     profile = None
     if args.profile is not None:
         with usage():
-            profile = Profile(Path(args.profile), *args.profile_steps, run.rank)
+            profile = begin(run, llm.engine)
     summary = run_batch(llm, requests, run, writer, shows, counts, profile, watch)
     if profile is not None:
         summary |= conclude(run, profile, llm.engine, writer)

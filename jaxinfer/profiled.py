@@ -9,8 +9,28 @@ from jaxinfer.outputs import Writer
 from jaxinfer.process.run import Run
 from jaxinfer.telemetry.breakdown import show
 from jaxinfer.telemetry.devices import own_devices
-from jaxinfer.telemetry.profile import Profile
+from jaxinfer.telemetry.profile import Profile, clamped, taken
 from jaxinfer.telemetry.profile_file import report, show_balance
+
+
+def begin(run: Run, engine: Any) -> Profile:
+    """What will trace the steps that were asked for, or those that the requests in `engine` have.
+
+    Raises:
+      OSError: the folder cannot be made.
+    """
+    first, last = asked = run.args.profile_steps
+    windows = 2 if engine.command_buffers else 1
+    most = engine.most_steps(first + taken(last - first + 1, windows))
+    first, last = clamped(*asked, most, windows)
+    if (first, last) != asked:
+        run.say(
+            f"--profile-steps {asked[0]}:{asked[1]}: these requests take at most {most} steps; "
+            f"traced are {first}:{last}{' and as many without command buffers' if windows == 2 else ''}"
+        )
+    if windows == 1:
+        run.say("--profile: CPU devices have no command buffers, so one window of steps shows all there is")
+    return Profile(Path(run.args.profile), first, last, run.rank)
 
 
 def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> dict[str, Any]:
@@ -21,9 +41,10 @@ def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> 
       OutputError: the file cannot be written.
     """
     if not profile.windows:
-        first = run.args.profile_steps[0]
-        run.say(f"WARNING: nothing was traced: the run had {engine.steps} steps, --profile-steps begins at {first}")
+        run.say(f"WARNING: nothing was traced: the run had {engine.steps} steps, and tracing begins at {profile.first}")
         return {}
+    if len(profile.windows) == 1 and engine.command_buffers:
+        run.say("WARNING: the run ended before the window without command buffers: the trace names no layers")
     beats = 0
 
     def everyone(value: Any) -> list[Any]:

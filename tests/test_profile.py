@@ -9,12 +9,15 @@ from jax.profiler import ProfileData
 from convert.run import convert
 from engine_run import make_engine
 from hf_models import make_hf_folder
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.programs import WITHOUT_COMMAND_BUFFERS
 from jaxinfer.engine.request import Request
 from jaxinfer.telemetry.breakdown import breakdown, left_out, show
 from jaxinfer.telemetry.devices import own_devices
 from jaxinfer.telemetry.hlo import Instruction, Program
-from jaxinfer.telemetry.profile import Profile
+from jaxinfer.telemetry.profile import Profile, Window, clamped, taken
 from jaxinfer.telemetry.xplane import Span, read
 
 
@@ -163,9 +166,74 @@ def test_a_real_trace(tmp_path, capsys):
         assert communicating >= {"attention", "mlp", "embed"} and "paged_attention" not in communicating
         in_parts = sum(sum(times.values()) for times in decode["parts"].values())
         assert in_parts > 0.99 * (decode["compute"] + decode["unhidden"])
+    assert profile.windows == [Window("as-run", tmp_path / "traces" / "rank-3" / "as-run", 4, 6, 3, True)]  # on a CPU
     ((newest,), mesh) = (tmp_path / "traces" / "rank-3").rglob("*.xplane.pb"), engine.mesh
     for spans in read(newest).devices.values():  # what is there says the same as the count of the host
         assert breakdown(spans, mesh.shape["stage"], {})["decode"]["steps"] == 3 * 4
     show(devices, "steps 4 to 6")
     shown = capsys.readouterr().err
     assert "steps 4 to 6: ms per decode step" in shown and "paged_attention" in shown
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 9, 14, 23, 30, 43, 1000])
+@pytest.mark.parametrize("asked", [(0, 0), (20, 30), (3, 5), (500, 500)])
+@pytest.mark.parametrize("windows", [1, 2])
+def test_steps_that_never_come_are_not_waited_for(steps, asked, windows):
+    first, last = clamped(*asked, steps, windows)
+    count = last - first + 1
+    assert 0 <= first <= asked[0] and 1 <= count <= asked[1] - asked[0] + 1
+    if asked[0] + taken(asked[1] - asked[0] + 1, windows) <= steps:
+        assert (first, last) == asked
+    elif steps >= taken(1, windows):
+        assert first + taken(count, windows) <= steps
+        assert first + taken(count, windows) == steps or first == asked[0]
+        assert first >= min(asked[0], steps // 4)
+
+
+class Apart(Engine):
+    """As if programs of a CPU had command buffers; it takes the option of XLA's, which changes nothing there."""
+
+    def drop_command_buffers(self):
+        self._runner.programs.set_apart(WITHOUT_COMMAND_BUFFERS)
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("new", "ends"), [(60, 11), (32, 9)])
+def test_a_second_window_has_programs_of_its_own(tmp_path, new, ends):
+    make_hf_folder(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    config = EngineConfig(dtype="float32", max_batch=4, prefill_chunk=32, decode_steps=4)
+    tokens, times = [], []
+    for engine in Engine(tmp_path / "ckpt", config), Apart(tmp_path / "ckpt", config):
+        profile = Profile(tmp_path / "traces", 3, 5, rank=0)
+        params = SamplingParams(max_new_tokens=new, ignore_eos=True)
+        for name in range(4):
+            engine.add(Request(str(name), [3, 4, 5], params))
+        done, compiling = {}, []
+        while engine.has_unfinished():
+            profile.before(engine.steps, engine)
+            done |= {update.request_id: update.output.token_ids for update in engine.step() if update.output}
+            compiling.append(engine.stats.compile_seconds)
+        profile.finish(engine)
+        tokens.append(done)
+        times.append(compiling)
+        assert engine._runner.programs._apart == {}  # later steps run as ever
+    assert tokens[0] == tokens[1] and len(done) == 4
+    folder = tmp_path / "traces" / "rank-0"
+    assert profile.windows == [
+        Window("as-run", folder / "as-run", 3, 5, 3, True),
+        Window("structure", folder / "structure", 7, min(9, ends), min(9, ends) - 6, False),
+    ]
+    # compiling counts as such, all of it in the step between the windows
+    usual, apart = times
+    assert usual[4] == usual[-1]
+    assert apart[4] == apart[5] < apart[6] == apart[-1] and engine.stats.work_seconds > 0
+    ((traced,),) = [list((folder / "structure").rglob("*.xplane.pb"))[-1:]]
+    events = {
+        event.name
+        for plane in ProfileData.from_file(str(traced)).planes
+        for line in plane.lines
+        for event in line.events
+    }
+    assert "decode" in events and not [name for name in events if "ompile" in name]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from jaxinfer.engine.fit import fit_or_advise
 from jaxinfer.engine.memory import explained
 from jaxinfer.engine.needed import needed_programs
 from jaxinfer.engine.programs import WITHOUT_COMMAND_BUFFERS, Program
+from jaxinfer.engine.rehearsal import rehearse
 from jaxinfer.engine.request import Request, Stats, Update, checked
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.sample import Sample
@@ -361,7 +363,7 @@ class Engine:
             self._count(dispatch)
             self._beat(_phase(dispatch), self.steps, True)
             steps = 1 if isinstance(dispatch, PrefillTick) else self.config.decode_steps
-            with ranges.step(_phase(dispatch), self.steps, steps), self._explained(_phase(dispatch)):
+            with ranges.step(_phase(dispatch), self.steps - 1, steps), self._explained(_phase(dispatch)):
                 result, programs = run(dispatch), self._runner.programs
             self._in_flight.append((dispatch, result, self._working()))
             self.stats.compiled_programs, self.stats.compile_seconds = programs.count, programs.compile_seconds
@@ -388,6 +390,16 @@ class Engine:
         """The programs so far; waits for those that are being compiled."""
         return self._runner.programs.compiled()
 
+    @property
+    def command_buffers(self) -> bool:
+        """Whether XLA puts programs into such: CUDA graphs."""
+        return self.mesh.devices.flat[0].platform != "cpu"
+
+    def most_steps(self, up_to: int) -> int:
+        """How many dispatches the requests so far take, if all get max_new_tokens; counted up to `up_to`."""
+        sequences = [each for own in self._open.values() for each in own]
+        return sum(1 for _ in islice(rehearse(self.scheduler.config, sequences), up_to))
+
     def watch_programs(self) -> None:
         """Notes from here on which programs run, for `drop_command_buffers`."""
         self._runner.programs.ran.clear()
@@ -395,7 +407,7 @@ class Engine:
     def drop_command_buffers(self) -> bool:
         """Compiles the programs that ran since `watch_programs` without command buffers, slower but with their parts in
         a trace, and runs them so. False where devices have none: nothing changes."""
-        if self.mesh.devices.flat[0].platform == "cpu":
+        if not self.command_buffers:
             return False
         self._runner.programs.set_apart(WITHOUT_COMMAND_BUFFERS)
         return True

@@ -17,6 +17,23 @@ class Window(NamedTuple):
     command_buffers: bool
 
 
+def clamped(first: int, last: int, steps: int, windows: int) -> tuple[int, int]:
+    """The steps to trace of a run that has `steps` at most: `first` to `last` where so many `windows` fit, with a step
+    between two; else earlier, and fewer unless that leaves a quarter of the run before, when programs compile."""
+    count = last - first + 1
+    if first + taken(count, windows) <= steps:
+        return first, last
+    room = steps - steps // 4
+    count = max(1, min(count, (room - windows + 1) // windows))
+    first = max(0, min(first, steps - taken(count, windows)))
+    return first, first + count - 1
+
+
+def taken(count: int, windows: int) -> int:
+    """Steps that windows of `count` steps take."""
+    return windows * count + windows - 1
+
+
 class Engine(Protocol):
     def wait(self) -> None:
         """Until the devices have done what was enqueued."""
@@ -43,7 +60,7 @@ class Profile:
     def __init__(self, folder: Path, first: int, last: int, rank: int):
         self.folder, self.rank = folder / f"rank-{rank}", rank
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._first, self._last = first, last
+        self.first, self.last = first, last
         self._begun: tuple[str, int] | None = None  # the window that is open, and its first step
         self._apart = False  # the programs are others than usual
         self._step = -1  # that was last begun
@@ -51,19 +68,19 @@ class Profile:
 
     def before(self, step: int, engine: Engine) -> None:
         """`step` counts from 0. Waits for the devices where a window begins or ends, so that it has whole steps."""
-        count = self._last - self._first + 1
-        if step == self._first:
+        count = self.last - self.first + 1
+        if step == self.first:
             engine.wait()
             engine.watch_programs()
             self._begin("as-run", step)
-        elif step == self._last + 1 and self._begun:
+        elif step == self.last + 1 and self._begun:
             engine.wait()
             self.close()
             self._apart = engine.drop_command_buffers()
-        elif step == self._last + 2 and self._apart:
+        elif step == self.last + 2 and self._apart:
             engine.wait()
             self._begin("structure", step)
-        elif step == self._last + 2 + count:
+        elif step == self.last + 2 + count:
             self.finish(engine)
         self._step = step
 
