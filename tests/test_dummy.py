@@ -10,6 +10,7 @@ from convert.dummy import write_dummy
 from engine_run import make_engine, run, tokens
 from jaxinfer.checkpoint.dummy import random_params
 from jaxinfer.checkpoint.files import CheckpointError
+from jaxinfer.checkpoint.load import local_piece
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.forward import Decoder
 from jaxinfer.engine.params import SamplingParams
@@ -42,11 +43,43 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_same_mesh_and_seed_give_the_same_tokens(folder):
-    first, again = (tokens(run(make_engine(folder, "tensor=2", load_format="dummy"), PROMPTS, GREEDY)) for _ in "ab")
+def test_every_mesh_runs_the_same_model(folder):
+    runs = [
+        tokens(run(make_engine(folder, mesh, load_format="dummy", dtype="float32", **cut), PROMPTS, GREEDY))
+        for mesh, cut in (("", {}), ("tensor=4", {}), ("stage=2,tensor=2", {"stage_layers": (1, 2)}), ("stage=3", {}))
+    ]
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
-    assert all(len(ids) == 8 and max(ids) < 131 for ids in first.values())
-    assert first == again
+    assert all(len(ids) == 8 and max(ids) < 131 for ids in runs[0].values())
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+
+
+@pytest.mark.parametrize(
+    "mesh, layers",
+    [("tensor=2", (3,)), ("tensor=4", (3,)), ("stage=2,tensor=2", (1, 2)), ("stage=3,data=2", (1, 1, 1))],
+)
+def test_every_mesh_holds_the_same_numbers(folder, mesh, layers):
+    model, rules = ModelConfig.from_json(json.loads((folder / "manifest.json").read_text())["model"]), Rules()
+    leaves = {}
+    for piece, array in pieces(Decoder(model, (3,)), make_mesh(parse_mesh("")), rules):
+        leaves |= {name: view.copy() for name, _, view in piece.views(array)}
+    seen = set()
+    for piece, array in pieces(Decoder(model, layers), make_mesh(parse_mesh(mesh)), rules):
+        for name, index, view in piece.views(array):
+            assert np.array_equal(view, leaves[name][index].reshape(view.shape)), (name, index)
+            seen.add(name)
+    assert seen == leaves.keys() and len(seen) > 30
+
+
+def pieces(decoder, mesh, rules):
+    """Each device's piece of each array, as the loader would read it, with its random numbers."""
+    params = random_params(decoder.parameters(), mesh, rules, np.float32, 3)
+    coords_of = {device: dict(zip(mesh.shape, where)) for where, device in np.ndenumerate(mesh.devices)}
+    declared = jax.tree.leaves(decoder.parameters(), is_leaf=lambda leaf: hasattr(leaf, "leaves"))
+    for parameter, array in zip(declared, jax.tree.leaves(params), strict=True):
+        for shard in array.addressable_shards:
+            piece = local_piece(parameter, rules, mesh.shape, coords_of[shard.device], np.float32)
+            found = np.asarray(shard.data)
+            yield piece, found if parameter.layers is None else found[0]
 
 
 def test_arrays_have_their_places_and_no_two_are_the_same(folder):
