@@ -53,7 +53,10 @@ def test_a_run_measures_its_gpus(monkeypatch, checkpoint, tmp_path, mesh):
     assert window > 2 and energy["output_tokens"] == 60 * 400
     assert energy["gpu_j"] == pytest.approx(sum(gpu["energy_j"] for gpu in metrics["gpus"]))
     assert energy["gpu_j_per_output_token"] == pytest.approx(energy["gpu_j"] / 24000)
+    peaks = [each["nvml_peak_bytes"] for each in metrics["memory"][0]["devices"]]
+    assert sum(each is not None for each in peaks) == count
     for gpu in metrics["gpus"]:
+        assert max(filter(None, peaks)) >= gpu["memory_peak_bytes"], "that is of the window alone"
         assert gpu["samples"] > 5 * window, "ten a second, or half as many on a machine that is busy"
         assert gpu["utilization_percent"]["mean"] > 20 and gpu["memory_peak_bytes"] > 1 << 28
         assert gpu["energy_method"] == "counter" and 20 < gpu["power_w"]["mean"] < 1500

@@ -331,15 +331,21 @@ def test_generate_watches_its_gpus(card, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(process_monitor, "on_cpu", lambda: False)
     monkeypatch.setattr(process_monitor, "gpus_on", lambda mesh: [own()])
     arguments = ["--model", tmp_path / "ckpt", "--prompts", prompts, "--output", out, "--mesh", "tensor=1"]
-    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments), "--max-new-tokens", "9", "--ignore-eos"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["generate", *map(str, arguments), "--max-new-tokens", "9", "--ignore-eos", "--warm-up", "--repeats", "2"],
+    )
     with pytest.raises(SystemExit) as ended:
         generate.main()
     shown = capsys.readouterr().err
     assert ended.value.code == 0, shown
     metrics = json.loads((tmp_path / "out.metrics.json").read_text())
     (gpu,) = metrics["gpus"]
-    assert gpu["uuid"] == "GPU-aa" and metrics["energy"]["output_tokens"] == 27
-    assert 0 < gpu["window_s"] <= metrics["wall_s"] and "energy" in shown and "GPUs" in shown
+    assert gpu["uuid"] == "GPU-aa" and metrics["energy"]["output_tokens"] == 2 * 27
+    assert 5 << 30 in [each["nvml_peak_bytes"] for each in metrics["memory"][0]["devices"]]
+    work = [each["work_s"] for each in metrics["repeats"]["runs"]]
+    assert sum(work) <= gpu["window_s"] < metrics["phases"][0]["wall_s"] and "energy" in shown and "GPUs" in shown
     samples = list(read_samples(merged_path(out)))
     assert len(samples) > 1 and samples[-1].time_s < metrics["phases"][0]["wall_s"], "it begins with the process"
     assert not part_files(out)
