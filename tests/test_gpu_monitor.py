@@ -30,7 +30,7 @@ def run(monkeypatch, checkpoint, tmp_path, mesh, *more):
     # one at a time, so that the work takes some seconds
     prompts.write_text("".join(f'{{"prompt_token_ids": [1, {3 + place}]}}\n' for place in range(60)))
     arguments = ["--model", checkpoint, "--prompts", prompts, "--output", out, "--mesh", mesh, "--max-batch", 1]
-    arguments += ["--max-new-tokens", 400, "--ignore-eos", "--compile-cache", "none", *more]
+    arguments += ["--max-new-tokens", 400, "--ignore-eos", "--compile-cache", "none", "--warm-up", *more]
     monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         generate.main()
