@@ -86,6 +86,8 @@ def test_a_step_without_its_job():
     found = summary("3", rows("3.4|FAILED|5|50|800|-"))
     assert found["state"] == "FAILED" and found["job"] == "3"
     assert (found["elapsed_s"], found["cpu_s"], found["max_rss_bytes"]) == (5, 50, 800)
+    again = summary("3", rows("3.4|FAILED|5|50|800|-", "3.4|COMPLETED|6|60|700|-"))
+    assert (again["state"], again["elapsed_s"]) == ("COMPLETED", 6)
 
 
 def test_last_state_is_that_of_the_last_attempt():
