@@ -111,6 +111,7 @@ def cell(
     traced: dict | None = None,
     settings: dict | None = None,
     identity: dict | None = None,
+    command: list[str] | None = None,
     tag: str = "0123456789abcdef",
     ended: str = "2026-11-30T12:00:00+0000",
     **x: Any,
@@ -119,7 +120,8 @@ def cell(
     x = {"mesh": name, "devices": 1, "nodes": 1, "batch": None, "requests": 8, "round": None} | x
     path = folder / "cells" / experiment / f"{model}-{name}-{role}-{x['round']}-{tag}"
     about = {"experiment": experiment, "kind": kind or experiment, "model": model, "cell": name, "hash": tag}
-    write(path / "cell.json", about | {"role": role, "x": x, "settings": settings or {}, "identity": identity or {}})
+    write(path / "cell.json", about | {"role": role, "x": x, "settings": settings or {}, "identity": identity or {},
+                                         "command": command})  # fmt: skip
     write(path / "state.json", {"state": state, "why": why, "ended": ended, "attempts": 1})
     if found is not None:
         write(path / "out.metrics.json", found)

@@ -193,12 +193,14 @@ def test_cells_that_lack_files_or_have_others_do_not_end_it(tmp_path):
     ):
         damage(cell(tmp_path, "strong", name, metrics((4.0,)), traced=profile(1), devices=2))
     cell(tmp_path, "strong", "good", metrics((8.0,)))
+    cell(tmp_path, "strong", "untraced", metrics((8.0,)), command=["python", "--profile", "traces"])
     bad = cell(tmp_path, "strong", "bad", metrics((8.0,)))
     (bad / "cell.json").write_text('{"kind": "strang"}')
     notes = {row["mesh"]: row["note"] for row in rows(tmp_path, "strong")}
     assert notes["no-metrics"] == "out.metrics.json is missing"
     assert notes["torn"].startswith("out.metrics.json: damaged, not JSON") and "legal is an object" in notes["list"]
     assert notes["odd"] == "out.metrics.json has no work_s" and notes["no-state"] == "waiting"
+    assert notes["untraced"] == "nothing was traced (no out.profile.json)"
     assert "out.profile.json: damaged" in notes["profile"] and notes["unfinished"] == "3 requests unfinished"
     assert "cell.json: kind: found 'strang', legal: correctness" in (tmp_path / "tables" / "README.md").read_text()
     with pytest.raises(ResultsError, match=r"none/cells: no cell of a study in it"):

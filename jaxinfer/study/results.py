@@ -212,6 +212,8 @@ def _read_cell(folder: Path) -> Cell:
     done = state.get("state") == DONE
     metrics = _read(folder / "out.metrics.json", problems, needed=done and about.get("role") != "baseline")
     others = [_read(folder / name, problems) for name in ("out.profile.json", "out.run.json", "sacct.json")]
+    if done and others[0] is None and not problems and "--profile" in (about.get("command") or []):
+        problems.append("nothing was traced (no out.profile.json)")
     x, settings, identity = (
         each if isinstance(each := about.get(name), dict) else {} for name in ("x", "settings", "identity")
     )
