@@ -65,7 +65,8 @@ def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> 
     ]
     stats = engine.stats
     empty = stats.idle_stage_ticks / stats.stage_ticks if stats.stage_ticks else None
-    found = report(_head(run, engine) | {"windows": traced}, windows, empty)
+    name = run.args.preset or Path(run.args.model).resolve().name
+    found = report(head(engine, name) | {"windows": traced}, windows, empty)
     if run.first:
         for window in profile.windows:
             show(windows[window.name], f"profile of steps {window.first} to {window.last}, {window.name}")
@@ -76,8 +77,8 @@ def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> 
     return {"bubble_time": found["bubble"]["time"], "imbalance": found["imbalance"]["decode"]}
 
 
-def _head(run: Run, engine: Any) -> dict[str, Any]:
-    name = run.args.preset or Path(run.args.model).resolve().name
+def head(engine: Any, name: str) -> dict[str, Any]:
+    """What ran, for `report`; `name` is the model's for readers, who know it by its shape."""
     return {
         "model": name,
         "shape": shape(engine.manifest.model),
