@@ -42,7 +42,10 @@ class Program:
         """
         at: dict[str, list[int]] = {}
         for place, name in enumerate(self.order):
-            at.setdefault(self.instructions[name].kernel, []).append(place)
+            instruction = self.instructions[name]
+            # small sums are kernels of XLA's own, under the instruction's name
+            own = _without_number(kernel_name(name)) if COLLECTIVE.search(instruction.opcode) else instruction.kernel
+            at.setdefault(own, []).append(place)
         place_of = {name: place for place, name in enumerate(self.order)}
         after = 0  # the place after the last kernel with a name
         for kernel, op in events:
@@ -92,16 +95,32 @@ def programs(space: memoryview) -> dict[str, Program]:
 
 
 def _program(module: memoryview) -> Program:
-    names, found = {}, {}
+    names, found, calls = {}, {}, {}
     for computation in _all(module, 3):
         for each in _all(computation, 2):
             name, opcode = _text(each, 1), _text(each, 2)
             scope = "".join(_text(metadata, 2) for metadata in _all(each, 7))
             found[name] = Instruction(opcode, scope, _kernel(name, opcode, scope))
             names[next(_numbers(each, 35), 0)] = name
-    sequences = [each for schedule in _all(module, 7) for entry in _all(schedule, 1) for each in _all(entry, 2)]
-    scheduled = [names[number] for sequence in sequences for number in _numbers(sequence, 1)]
+            calls[name] = list(_numbers(each, 38))
+    sequences = {
+        next(_numbers(entry, 1), 0): [names[number] for each in _all(entry, 2) for number in _numbers(each, 1)]
+        for schedule in _all(module, 7)
+        for entry in _all(schedule, 1)
+    }
+    called = {callee for name in found for callee in calls.get(name, ())}
+    scheduled = [name for number in sequences if number not in called for name in _inlined(number, sequences, calls)]
     return Program(found, [name for name in scheduled if not _NO_KERNEL.match(found[name].opcode)])
+
+
+def _inlined(number: int, sequences: dict[int, list[str]], calls: dict[str, list[int]]) -> Iterator[str]:
+    """The instructions of a computation in the order in which they run, those of its loops and branches in their
+    place."""
+    for name in sequences[number]:
+        yield name
+        for callee in calls.get(name, ()):
+            if callee in sequences:
+                yield from _inlined(callee, sequences, calls)
 
 
 def _kernel(name: str, opcode: str, scope: str) -> str:
