@@ -121,9 +121,10 @@ def trace(bench: Bench, llm: Any, dispatches: int) -> dict[str, Any]:
 
     engine, rank = llm.engine, jax.process_index()
     first = max(0, dispatches - TRACED - 4)
-    profile = Profile(folder(bench), first, first + TRACED - 1, rank)
-    decode(bench, llm, 0, lambda step: profile.before(step, engine.wait))
-    profile.finish(engine.wait)
+    last = first + TRACED - 1
+    profile = Profile(folder(bench), first, last, rank)
+    # the steps as they run are enough: no second window
+    decode(bench, llm, 0, lambda step: profile.before(step, engine) if step <= last else profile.finish(engine))
     own = own_devices(profile.windows[0].folder, engine.mesh, rank, distributed.everyone)
     devices = [each | {"host": ""} for devices in distributed.everyone(own) for each in devices]
     return report(head(engine, bench.args.model) | {"windows": []}, {"as-run": devices}, None)
