@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert.run import convert
+from engine_run import make_engine
+from hf_models import make_hf_folder
 from jaxinfer.engine.cut import choose_cut, identity, shape
+from jaxinfer.engine.params import SamplingParams
+from jaxinfer.engine.request import Request
 from jaxinfer.parallel.axes import LayoutError
 from jaxinfer.parallel.stages import fastest
 from jaxinfer.telemetry.breakdown import breakdown
+from jaxinfer.telemetry.devices import own_devices
+from jaxinfer.telemetry.profile import Profile
 from jaxinfer.telemetry.profile_file import report
 from jaxinfer.telemetry.waiting import durations, from_json, to_json, with_waiting
 from jaxinfer.telemetry.xplane import Span
@@ -235,3 +242,38 @@ def test_profiles_that_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         choose_cut(written(tmp_path / "p.json", **changes), MODEL, PLACE, "float32")
     assert "stage-layers: " in str(error.value) and "\n" not in str(error.value)
+
+
+def traced(checkpoint, folder, cut, mesh="stage=2"):
+    """The profile of a real run."""
+    engine = make_engine(checkpoint, mesh, stage_layers=cut)
+    profile = Profile(folder, 4, 9, rank=0)
+    for name in range(4):
+        engine.add(Request(str(name), [3, 4, 5], SamplingParams(max_new_tokens=60, ignore_eos=True)))
+    while engine.has_unfinished():
+        profile.before(engine.steps, engine)
+        engine.step()
+    profile.finish(engine)
+    devices = own_devices(profile.windows[0].folder, engine.mesh, 0, lambda value: [value])
+    head = {"mesh": dict(engine.mesh.shape), "stage_layers": list(cut)}
+    return report(head, {"as-run": [each | {"host": "here"} for each in devices]}, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["stage=2", "stage=2,tensor=2"])
+def test_a_real_run(tmp_path, mesh):
+    make_hf_folder(tmp_path / "hf", num_hidden_layers=6, hidden_size=256, intermediate_size=768)
+    convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
+    found = traced(tmp_path / "ckpt", tmp_path / "traces", (5, 1), mesh)
+    long, short = (each["decode"] for each in found["stages"])
+    assert long["compute"] > short["compute"] and short["waiting"] > long["waiting"]
+    assert found["imbalance"]["decode"] > 0 and found["bubble"]["time"] > 0
+    assert len(found["layers"]["decode"]) == 6 and min(found["layers"]["decode"]) > 0
+    for each in found["devices"]:
+        decode = each["programs"]["decode"]
+        assert decode["unmatched"] == 0 < decode["waiting"]
+        layers = [layer for layer, _, _ in decode["layers"]]
+        assert layers == ([0, 1, 2, 3, 4], [5])[each["stage"]]
+        own = sum(busy for _, busy, _ in decode["layers"]) + decode["ends"]
+        assert own == pytest.approx(decode["compute"] + decode["transfer"], rel=0.02)
+    assert sum(found["layers"]["decode"]) < 2 * found["step_ms"]["decode"]

@@ -285,6 +285,11 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     # stage, rank and device of a row, then times: both processes are in the table that process 0 shows
     rows = re.findall(r"^ +(\d) +(\d) +(\d)( +[\d.]+){7} +[\d,]+ *$", first, re.MULTILINE)
     assert {row[1] for row in rows} == {"0", "1"} and "profile of steps" not in second
+    assert "bubble in time" in first and "imbalance" in first
+    measured = json.loads((tmp_path / "two.profile.json").read_text())
+    assert [(each["rank"], each["stage"]) for each in measured["devices"]] == [(0, 0), (0, 0), (1, 1), (1, 1)]
+    # exchanges between the processes are known from each other too
+    assert [each["programs"]["decode"]["unmatched"] for each in measured["devices"]] == [0] * 4
     assert tokens(out) == one
     assert "output tokens/s" in first and "output tokens/s" not in second
     warnings = f"{tiny}: made by an older version, so damage to its manifest or tokenizer would go unseen"
@@ -294,8 +299,13 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     # half of it is lost: process 0 looks at what is there, both do the rest
     lines = [line for line in out.read_text().splitlines(keepends=True) if "error" not in line]
     out.write_text("".join(lines[: len(lines) // 2]))
-    assert "older version" not in "".join(pair())
+    copy = tmp_path / "copy.json"  # each process may have its own
+    copy.write_bytes((tmp_path / "two.profile.json").read_bytes())
+    first, _ = pair("--stage-layers", f"measured:{copy}")
+    assert "older version" not in first and f"stage-layers: 2,2 by {copy}: predicted " in first
     assert tokens(out) == one
+    *_, last = json.loads((tmp_path / "two.run.json").read_text())["runs"]
+    assert last["stage_layers_from"]["stage_layers"] == [2, 2] == last["stage_layers_from"]["measured_with"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,10 @@ from itertools import takewhile
 from typing import NamedTuple
 
 COLLECTIVE = re.compile(r"all-(reduce|gather|to-all)|reduce-scatter|collective-|ragged-all|^send|^recv")
+# the scopes of parallel/collectives.py, kind and mesh axes, around what exchanges there: XLA fuses some into kernels of
+# its own, and some are ours
+OF_AXES = re.compile(r"(all_reduce|all_gather|all_to_all|send)(_(stage|data|tensor))+")
+_PRIMITIVE = re.compile(r"psum|ppermute|all_gather|all_to_all|ffi_call")
 # kernels that communicate, by name: NCCL's, copies to another device, and our own
 EXCHANGE = re.compile(r"nccl|MemcpyP2P|all_?reduce|all_?gather|peer_", re.I)
 _NO_KERNEL = re.compile(
@@ -21,6 +25,12 @@ class Instruction(NamedTuple):
     opcode: str
     scope: str
     kernel: str
+
+    @property
+    def exchanges(self) -> bool:
+        *_, inside, last = ["", *self.scope.split("/")]
+        ours = OF_AXES.fullmatch(inside) and _PRIMITIVE.match(last)
+        return bool(COLLECTIVE.search(self.opcode) or ours)
 
 
 class Program:
@@ -43,9 +53,7 @@ class Program:
         at: dict[str, list[int]] = {}
         for place, name in enumerate(self.order):
             instruction = self.instructions[name]
-            # small sums are kernels of XLA's own, under the instruction's name
-            own = _without_number(kernel_name(name)) if COLLECTIVE.search(instruction.opcode) else instruction.kernel
-            at.setdefault(own, []).append(place)
+            at.setdefault(instruction.kernel, []).append(place)
         place_of = {name: place for place, name in enumerate(self.order)}
         after = 0  # the place after the last kernel with a name
         for kernel, op in events:
@@ -64,7 +72,7 @@ class Program:
     def _unnamed(self, kernel: str, op: str, after: int) -> tuple[str, Instruction]:
         exchanges = bool(EXCHANGE.search(kernel))
         for name in takewhile(lambda name: not self.instructions[name].kernel, self.order[after:]):
-            if bool(COLLECTIVE.search(self.instructions[name].opcode)) == exchanges:
+            if self.instructions[name].exchanges == exchanges:
                 return name, self.instructions[name]
         scope = self.instructions[self.order[after - 1]].scope if self.order else ""
         return kernel, Instruction(op or kernel, scope, "")
@@ -97,9 +105,13 @@ def programs(space: memoryview) -> dict[str, Program]:
 def _program(module: memoryview) -> Program:
     names, found, calls = {}, {}, {}
     for computation in _all(module, 3):
-        for each in _all(computation, 2):
+        scopes: dict[int, str] = {}  # of who reads it, by an instruction's number
+        for each in reversed(list(_all(computation, 2))):  # whoever reads comes later
             name, opcode = _text(each, 1), _text(each, 2)
             scope = "".join(_text(metadata, 2) for metadata in _all(each, 7))
+            if "/" not in scope:  # what XLA puts in, as conversions and padding, belongs to what it is made for
+                scope = scopes.get(next(_numbers(each, 35), 0), scope)
+            scopes.update(dict.fromkeys(_numbers(each, 36), scope))
             found[name] = Instruction(opcode, scope, _kernel(name, opcode, scope))
             names[next(_numbers(each, 35), 0)] = name
             calls[name] = list(_numbers(each, 38))

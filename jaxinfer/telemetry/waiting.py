@@ -9,16 +9,15 @@ Limits: a transfer that one link slows for one device alone counts as that devic
 device whose kernel cannot start, as its host waits for the others' hosts, is idle and not waiting.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from jaxinfer.telemetry.hlo import OF_AXES
 from jaxinfer.telemetry.xplane import Span
 
 MESH = ("stage", "data", "tensor")
-COLLECTIVE = re.compile(rf"(all_reduce|all_gather|all_to_all|send)(_({'|'.join(MESH)}))+")
 Durations = dict[str, list[int]]
 Place = tuple[int, int, int]
 
@@ -27,7 +26,7 @@ def axes_of(scope: str) -> tuple[str, ...] | None:
     """The mesh axes over which a collective exchanges: its innermost scope of ours ends with them, as in
     ``all_reduce_stage_tensor`` (parallel/collectives.py). None where there is none."""
     for name in reversed(scope.split("/")):
-        if COLLECTIVE.fullmatch(name):
+        if OF_AXES.fullmatch(name):
             return tuple(axis for axis in MESH if axis in name.split("_"))
     return None
 

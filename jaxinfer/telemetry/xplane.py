@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxinfer.telemetry.hlo import COLLECTIVE, EXCHANGE, Instruction, Program, kernel_name, programs
+from jaxinfer.telemetry.hlo import EXCHANGE, Instruction, Program, kernel_name, programs
 
 # steps that hold other steps, and copies between host and device
 NO_WORK = re.compile(r"while|conditional|call$|.*MemcpyH2D|.*MemcpyD2H")
@@ -91,6 +91,6 @@ def _span(module: str, event: _Event, op: str, instruction: Instruction) -> Span
     opcode = instruction.opcode
     if NO_WORK.match(opcode) or NO_WORK.match(event.kernel):
         return None
-    communicates = bool(COLLECTIVE.search(opcode) or EXCHANGE.search(event.kernel))
+    communicates = instruction.exchanges or bool(EXCHANGE.search(event.kernel))
     program = module.removeprefix("jit_").partition("(")[0] if module.startswith("jit_") else ""
     return Span(event.start, event.end, program, op, instruction.scope or event.scope, communicates)
