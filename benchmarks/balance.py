@@ -1,13 +1,14 @@
 """Whether a cut by measured layers gains what is predicted: a poor cut is traced, the measured one runs beside it.
 
     python -m benchmarks.balance --model llama-3.1-8b --mesh stage=2 --cut 20,12 --json build/bench/balance.json
-    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false NPROC=32 \\
-      python -m benchmarks.balance --model tests/data/balance.json --cpu-devices 2 --mesh stage=2 --cut 5,1 \\
-        --batch 8 --prompt-tokens 16 --new-tokens 128 --engine dtype=float32
+    for i in 0 1; do taskset -c $i python -m benchmarks.balance --model tests/data/balance.json --mesh stage=2 \\
+      --cut 5,1 --batch 8 --prompt-tokens 16 --new-tokens 40 --engine dtype=float32 --cpu-devices 1 \\
+      --coordinator localhost:9876 --num-processes 2 --process-id $i & done; wait
 
 Both cuts hold their weights at the same time and run in turn, so that what changes on the machine meanwhile meets both.
 A step: seconds of decode over decode steps, the median over the rounds; the gain is the median of the rounds'
-differences. Virtual CPU devices share the cores: give each stage a core of its own, and let no operation take more.
+differences. Virtual CPU devices of one process share its cores, and one that waits lends its core to the others, so
+that no cut is better than another: there, a stage is a process on a core of its own, as in the second command.
 Batches of more than 4 rows per stage, since one launch does all layers of fewer (then no layer has a time).
 """
 

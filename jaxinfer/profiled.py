@@ -53,23 +53,21 @@ def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> 
         run.life.beat("profile", beats, waits=True)
         return distributed.everyone(value)
 
-    hosts = distributed.hosts()
-    windows = {}
+    hosts, stats = distributed.hosts(), engine.stats
+    empty = stats.idle_stage_ticks / stats.stage_ticks if stats.stage_ticks else None
+    traced = [each._asdict() | {"folder": str(each.folder)} for each in profile.windows]
+    described = head(engine, run.args.preset or Path(run.args.model).resolve().name) | {"windows": traced}
+    windows: dict[str, Any] = {}
     for window in profile.windows:
         run.life.beat("profile", beats)
         own = own_devices(window.folder, engine.mesh, run.rank, everyone)
         windows[window.name] = [each | {"host": hosts[each["rank"]]} for devices in everyone(own) for each in devices]
-    traced = [
-        {name: str(value) if name == "folder" else value for name, value in window._asdict().items()}
-        for window in profile.windows
-    ]
-    stats = engine.stats
-    empty = stats.idle_stage_ticks / stats.stage_ticks if stats.stage_ticks else None
-    name = run.args.preset or Path(run.args.model).resolve().name
-    found = report(head(engine, name) | {"windows": traced}, windows, empty)
+        found = report(described, windows, empty)
+        if found["layers"]["decode"] is not None:
+            break  # the others are for who looks at them
     if run.first:
-        for window in profile.windows:
-            show(windows[window.name], f"profile of steps {window.first} to {window.last}, {window.name}")
+        first = profile.windows[0]
+        show(windows[first.name], f"profile of steps {first.first} to {first.last}")
         show_balance(found)
         if writer is not None:
             writer.note("profile", found)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import draw, floor, latency, monitor, throughput
+from benchmarks import balance, draw, floor, latency, monitor, throughput
 from benchmarks.common import fields
 from benchmarks.draw import DrawError, read
 from benchmarks.limits import Limits
@@ -130,6 +130,19 @@ def test_latency_writes_what_draw_reads(tmp_path):
     assert [group.title for group in groups] == [f"tiny, latency: {name}" for name in names]
     draw.draw(groups, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+def test_balance_tells_what_it_predicts(tmp_path, monkeypatch):
+    found = tmp_path / "balance.json"
+    size = ["--batch", "4", "--prompt-tokens", "8", "--new-tokens", "120", "--rounds", "1"]
+    place = ["--model", "tiny", "--mesh", "stage=2", "--cut", "3,1"]
+    monkeypatch.setattr(sys, "argv", ["balance", *place, *size, "--json", str(found)])
+    balance.main()
+    details = json.loads(found.read_bytes())["details"]
+    assert details["given"] == [3, 1] and sum(details["measured"]) == 4
+    assert len(details["profile"]["layers"]["decode"]) == 4 and details["predicted_gain_ms"] >= 0
+    assert {name: len(each) for name, each in details["steps_ms"].items()} == {"given": 1, "measured": 1}
 
 
 @pytest.mark.slow

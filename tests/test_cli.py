@@ -302,7 +302,7 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     copy = tmp_path / "copy.json"  # each process may have its own
     copy.write_bytes((tmp_path / "two.profile.json").read_bytes())
     first, _ = pair("--stage-layers", f"measured:{copy}")
-    assert "older version" not in first and f"stage-layers: 2,2 by {copy}: predicted " in first
+    assert "older version" not in first and f"stage-layers: 2,2 by {copy}: the cut that was measured, " in first
     assert tokens(out) == one
     *_, last = json.loads((tmp_path / "two.run.json").read_text())["runs"]
     assert last["stage_layers_from"]["stage_layers"] == [2, 2] == last["stage_layers_from"]["measured_with"]

@@ -16,7 +16,7 @@ from jaxinfer.engine.programs import WITHOUT_COMMAND_BUFFERS
 from jaxinfer.engine.request import Request
 from jaxinfer.telemetry.breakdown import breakdown, left_out, show
 from jaxinfer.telemetry.devices import own_devices
-from jaxinfer.telemetry.hlo import Instruction, Program
+from jaxinfer.telemetry.hlo import Instruction, Program, programs
 from jaxinfer.telemetry.profile import Profile, Window, clamped, taken
 from jaxinfer.telemetry.xplane import Span, read
 
@@ -137,6 +137,81 @@ def test_kernels_with_the_name_of_a_library():
     assert found[5][1].scope == scope("mlp/mul")  # nothing there would launch it: with the one before
     ((op, instruction),) = program.attribute([("whatever", "custom-call.2")])  # outside of a graph
     assert op == "custom-call.2" and instruction.scope == scope("decode_layers/ffi_call")
+
+
+def message(*fields):
+    """Protobuf: (number, integer or bytes) each."""
+
+    def varint(value):
+        return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+    parts = []
+    for number, value in fields:
+        if isinstance(value, int):
+            parts.append(varint(number << 3) + varint(value))
+        else:
+            parts.append(varint(number << 3 | 2) + varint(len(value)) + value)
+    return b"".join(parts)
+
+
+def test_a_programs_order_and_scopes():
+    """The tick of a stage: a sum that XLA fused, a branch, the head; weights that XLA converts ahead of all."""
+    numbers = iter(range(1, 99))
+
+    def instruction(name, opcode, scope="", operands=(), calls=()):
+        number = next(numbers)
+        fields = [(1, name.encode()), (2, opcode.encode()), (7, message((2, scope.encode()))), (35, number)]
+        fields += [(36, each) for each in operands] + [(38, each) for each in calls]
+        return number, message(*fields)
+
+    tick = "jit(decode)/while/body"
+    converts, kept = (
+        instruction("wrapped_convert.1", "fusion"),
+        instruction("wrapped_convert.2", "fusion", "XlaModule:"),
+    )
+    summed = instruction("psum.7-fusion.1", "fusion", f"{tick}/embed/all_reduce_stage_tensor/psum")
+    masked = instruction("select_fusion", "fusion", f"{tick}/all_reduce_stage/jit(_where)/select_n")
+    branch = instruction("gemm_fusion_dot.2", "fusion", f"{tick}/stage/layer_01_x/mlp/dot_general", [converts[0]])
+    choice = instruction("cond", "conditional", f"{tick}/stage/layer_01_x/cond", [], [20])
+    head = instruction("gemm_fusion_dot.1", "fusion", f"{tick}/head/dot_general", [kept[0]])
+    ours = instruction("ffi_call.1", "custom-call", f"{tick}/stage/layer_02_x/mlp/down/all_reduce_tensor/ffi_call")
+    entry = [kept, summed, masked, choice, ours, head]
+    module = message(
+        (3, message((1, b"branch"), (2, converts[1]), (2, branch[1]), (5, 20))),
+        (3, message((1, b"entry"), *((2, each) for _, each in entry), (5, 10))),
+        (
+            7,
+            message(
+                (1, message((1, 10), (2, message(*((1, number) for number, _ in entry))))),
+                (1, message((1, 20), (2, message((1, converts[0]), (1, branch[0]))))),
+            ),
+        ),
+    )
+    hlo = message((1, module))
+    metadata = message((2, b"jit_decode(1)"), (5, message((6, hlo))))
+    space = message((1, message((2, b"/host:metadata"), (4, message((1, 1), (2, metadata))))))
+    ((name, program),) = programs(memoryview(space)).items()
+    assert name == "jit_decode(1)"
+    # what the branch runs stands where it runs: the head's kernel has the name of the branch's
+    inside = ["wrapped_convert.1", "gemm_fusion_dot.2"]
+    assert program.order == [
+        "wrapped_convert.2",
+        "psum.7-fusion.1",
+        "select_fusion",
+        *inside,
+        "ffi_call.1",
+        "gemm_fusion_dot.1",
+    ]
+    scopes = {name: each.scope for name, each in program.instructions.items()}
+    assert scopes["wrapped_convert.1"] == scopes["gemm_fusion_dot.2"]
+    assert scopes["wrapped_convert.2"] == scopes["gemm_fusion_dot.1"]
+    exchanging = {name for name, each in program.instructions.items() if each.exchanges}
+    assert exchanging == {"psum.7-fusion.1", "ffi_call.1"}
+    kernels = ["wrapped_convert_1", "psum_7_fusion_1", "select_fusion", "gemm_fusion_dot_1", "all_reduce"]
+    found = [
+        op for op, _ in program.attribute((kernel, "command_buffer") for kernel in [*kernels, "gemm_fusion_dot_1"])
+    ]
+    assert found[3:] == ["gemm_fusion_dot.2", "ffi_call.1", "gemm_fusion_dot.1"]
 
 
 def test_a_real_trace(tmp_path, capsys):

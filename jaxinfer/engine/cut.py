@@ -32,6 +32,8 @@ class Cut:
         if source["predicted_step_ms"] is None:
             return f"{text} (measured on another mesh or dtype: no time is predicted)"
         gain, step = source["predicted_gain_ms"], source["step_ms"]
+        if list(self.stage_layers) == source["measured_with"]:
+            return f"{text}: the cut that was measured, {step:.3f} ms per decode step"
         less = f"{gain:.3f} ms ({gain / step:.1%}) less than measured with {_text(source['measured_with'])}"
         return f"{text}: predicted {source['predicted_step_ms']:.3f} ms per decode step, {less}"
 
