@@ -164,11 +164,14 @@ def show(findings: list[Finding], place: Place) -> int:
     if known:
         text += f"; about {sum(known):.2f} node-hours" + (f" of {len(known)} of them" if len(known) < len(able) else "")
     out.print(text, markup=False, soft_wrap=True)
-    if known:
-        text = "GiB: weights and workspace of each GPU, the cache takes the rest. seconds: one pass over the requests, "
-        text += f"predicted. node-hours: every repeat and profile pass, and {START_S} s for start, load and compile."
-    else:
-        text = "memory and times are predicted for GPUs that jaxinfer.plan knows; here only what is legal is looked at"
+    text = "memory and times are predicted for GPUs that jaxinfer.plan knows; here only what is legal is looked at"
+    if any(each.memory for each in able):
+        text = "GiB: weights and workspace of each GPU, the cache takes the rest. "
+        if known:
+            text += "seconds: one pass over the requests, predicted. node-hours: every repeat and profile pass, and "
+            text += f"{START_S} s for start, load and compile."
+        else:
+            text += "Times need the tokens of the prompts, which the checkpoints' tokenizers count."
     out.print(text, soft_wrap=True)
     missing = {each.cell.model.name for each in findings if each.cell.model.missing}
     for name in sorted(missing):

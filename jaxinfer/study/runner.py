@@ -200,7 +200,7 @@ class Runner:
         self.bar.update()
         self.count += 1  # the bar counts on a terminal alone
         self._tell(cell, f"FAILED: {why}" if why else f"measured{_figures(folder)}")
-        if why and shutil.disk_usage(self.root).free < FULL:
+        if why and (os.strerror(errno.ENOSPC) in why or shutil.disk_usage(self.root).free < FULL):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.root))
 
     def _tell(self, cell: Cell, text: str) -> None:
