@@ -44,7 +44,8 @@ def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> 
         run.say(f"WARNING: nothing was traced: the run had {engine.steps} steps, and tracing begins at {profile.first}")
         return {}
     if len(profile.windows) == 1 and engine.command_buffers:
-        run.say("WARNING: the run ended before the window without command buffers: the trace names no layers")
+        why = profile.why or "the run ended before it"
+        run.say(f"WARNING: there is no window without command buffers, so the trace names no layers: {why}")
     beats = 0
 
     def everyone(value: Any) -> list[Any]:

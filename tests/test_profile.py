@@ -1,5 +1,6 @@
 """Traces of some steps, and what is made of them."""
 
+import typing
 from collections import Counter
 from pathlib import Path
 
@@ -268,47 +269,47 @@ def test_steps_that_never_come_are_not_waited_for(steps, asked, windows):
 class Apart(Engine):
     """As if programs of a CPU had command buffers; it takes the option of XLA's, which changes nothing there."""
 
+    options = WITHOUT_COMMAND_BUFFERS
+
     def drop_command_buffers(self):
-        self._runner.programs.set_apart(WITHOUT_COMMAND_BUFFERS)
+        self._runner.programs.set_apart(self.options)
         return True
 
 
+class Refused(Apart):
+    options: typing.ClassVar = {"xla_no_such_option": ""}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("new", "ends"), [(60, 11), (32, 9)])
-def test_a_second_window_has_programs_of_its_own(tmp_path, new, ends):
+@pytest.mark.parametrize("kind", [Apart, Refused])
+def test_a_second_window_has_programs_of_its_own(tmp_path, kind):
     make_hf_folder(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
     config = EngineConfig(dtype="float32", max_batch=4, prefill_chunk=32, decode_steps=4)
-    tokens, times = [], []
-    for engine in Engine(tmp_path / "ckpt", config), Apart(tmp_path / "ckpt", config):
-        profile = Profile(tmp_path / "traces", 3, 5, rank=0)
-        params = SamplingParams(max_new_tokens=new, ignore_eos=True)
+    engine, profile = kind(tmp_path / "ckpt", config), Profile(tmp_path / "traces", 3, 5, rank=0)
+    passes = []
+    for traced in (True, False):
+        tokens, compiling, began = {}, [], engine.steps
         for name in range(4):
-            engine.add(Request(str(name), [3, 4, 5], params))
-        done, compiling = {}, []
+            engine.add(Request(str(name), [3, 4, 5], SamplingParams(max_new_tokens=50, ignore_eos=True)))
         while engine.has_unfinished():
-            profile.before(engine.steps, engine)
-            done |= {update.request_id: update.output.token_ids for update in engine.step() if update.output}
+            if traced:
+                profile.before(engine.steps - began, engine)
+            tokens |= {update.request_id: update.output.token_ids for update in engine.step() if update.output}
             compiling.append(engine.stats.compile_seconds)
         profile.finish(engine)
-        tokens.append(done)
-        times.append(compiling)
         assert engine._runner.programs._apart == {}  # later steps run as ever
-    assert tokens[0] == tokens[1] and len(done) == 4
+        passes.append(tokens)
+    assert passes[0] == passes[1] and len(tokens) == 4
+    assert compiling[0] == compiling[-1]
     folder = tmp_path / "traces" / "rank-0"
-    assert profile.windows == [
-        Window("as-run", folder / "as-run", 3, 5, 3, True),
-        Window("structure", folder / "structure", 7, min(9, ends), min(9, ends) - 6, False),
-    ]
-    # compiling counts as such, all of it in the step between the windows
-    usual, apart = times
-    assert usual[4] == usual[-1]
-    assert apart[4] == apart[5] < apart[6] == apart[-1] and engine.stats.work_seconds > 0
-    ((traced,),) = [list((folder / "structure").rglob("*.xplane.pb"))[-1:]]
-    events = {
-        event.name
-        for plane in ProfileData.from_file(str(traced)).planes
-        for line in plane.lines
-        for event in line.events
-    }
+    as_run = Window("as-run", folder / "as-run", 3, 5, 3, True)
+    if kind is Refused:
+        assert profile.windows == [as_run] and "xla_no_such_option" in profile.why
+        return
+    assert profile.windows == [as_run, Window("structure", folder / "structure", 7, 9, 3, False)]
+    (traced,) = (folder / "structure").rglob("*.xplane.pb")
+    lines = [line for plane in ProfileData.from_file(str(traced)).planes for line in plane.lines]
+    events = {event.name for line in lines for event in line.events}
+    # it was compiled before
     assert "decode" in events and not [name for name in events if "ompile" in name]

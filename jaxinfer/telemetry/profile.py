@@ -65,6 +65,7 @@ class Profile:
         self._apart = False  # the programs are others than usual
         self._step = -1  # that was last begun
         self.windows: list[Window] = []
+        self.why = ""  # there is no window without command buffers
 
     def before(self, step: int, engine: Engine) -> None:
         """`step` counts from 0. Waits for the devices where a window begins or ends, so that it has whole steps."""
@@ -76,13 +77,22 @@ class Profile:
         elif step == self.last + 1 and self._begun:
             engine.wait()
             self.close()
-            self._apart = engine.drop_command_buffers()
+            self._apart = self._compiled(engine)
         elif step == self.last + 2 and self._apart:
             engine.wait()
             self._begin("structure", step)
         elif step == self.last + 2 + count:
             self.finish(engine)
         self._step = step
+
+    def _compiled(self, engine: Engine) -> bool:
+        import jax
+
+        try:
+            return engine.drop_command_buffers()
+        except jax.errors.JaxRuntimeError as error:  # XLA's: the run can do without this
+            self.why = str(error).splitlines()[0]
+            return False
 
     def finish(self, engine: Engine) -> None:
         if self._begun:
