@@ -62,9 +62,9 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 def add_profile_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("profiling and monitoring")
-    what = "write an XLA trace of some steps, a folder per process, for tensorboard --logdir DIR"
+    what = "trace some steps, on GPUs as many again without CUDA graphs; tensorboard --logdir DIR (docs/profiling.md)"
     group.add_argument("--profile", metavar="DIR", help=what)
-    what = "which steps, from 0: a dispatch each, the early ones compile (default: 20:30)"
+    what = "which steps, from 0: a dispatch each; earlier and fewer where the run has less (default: 20:30)"
     group.add_argument("--profile-steps", type=_steps, default=(20, 30), metavar="FIRST:LAST", help=what)
     what = "sample the GPUs ten times a second into OUT.gpu.csv: use, memory, power, energy, temperature, clocks, "
     what += "traffic (default: auto, where there is an output and NVML)"
