@@ -154,11 +154,14 @@ def test_the_reference_ends_where_generate_does(model, tmp_path):
     source, _, baseline = model
     token = baseline[0]["token_ids"][3]
     first = baseline[0]["token_ids"].index(token)
-    lines = [LINES[0] | {"stop_token_ids": [token]}, {"id": "long", "prompt_token_ids": [7] * 125, "ignore_eos": True}]
+    lines = [
+        LINES[0] | {"stop_token_ids": [token], "meta": {"variant": "2k"}},
+        {"id": "long", "prompt_token_ids": [7] * 125, "ignore_eos": True},
+    ]
     refer(source, write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", "--max-new-tokens", 12)
     stopped, long = read_lines(tmp_path / "out.jsonl")
     assert stopped["token_ids"] == baseline[0]["token_ids"][: first + 1]
-    assert (stopped["finish_reason"], stopped["limit"]) == ("stop", None)
+    assert (stopped["finish_reason"], stopped["limit"], stopped["meta"]) == ("stop", None, {"variant": "2k"})
     assert (long["completion_tokens"], long["finish_reason"], long["limit"]) == (3, "length", "context")
 
 

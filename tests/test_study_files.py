@@ -1,6 +1,8 @@
 """The studies that ship: each reads and expands to cells that can be, its prompts are alike, names resolve."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from convert.run import convert
 from jaxinfer.study import __main__ as command
 from jaxinfer.study.errors import StudyError
 from jaxinfer.study.expand import expand
-from jaxinfer.study.file import FOLDER, beside, find_study, read_study, with_prompts
+from jaxinfer.study.file import FOLDER, KINDS, beside, find_study, read_study, with_prompts
 from jaxinfer.study.models import know
 from jaxinfer.study.place import Place, find_place
 from jaxinfer.tokenizer import encode, load_tokenizer
@@ -117,6 +119,25 @@ def test_mistakes_of_an_axis(tmp_path):
     study = read_study(path)
     with pytest.raises(StudyError, match="on a cluster say the meshes"):
         cells(study, Place(device_kind="H200", cluster="generic", per_node=4, nodes=2))
+
+
+def test_the_documents_commands_and_study_file_are_legal(tmp_path):
+    texts = {
+        name: (ROOT / name).read_text("utf-8") for name in ("README.md", "docs/study.md", "docs/one-host/README.md")
+    }
+    lines = [line for text in texts.values() for line in re.findall(r"^python -m jaxinfer\.study (.*)$", text, re.M)]
+    for line in lines:
+        args = command.parse_arguments(shlex.split(line, comments=True))
+        if args.command in ("check", "run"):
+            assert read_study(find_study(args.file))
+    assert len(lines) > 12
+    [text] = re.findall(r"```yaml\n(.*?)```", texts["docs/study.md"], re.S)
+    (tmp_path / "mine.yaml").write_text(text)
+    study = read_study(tmp_path / "mine.yaml")
+    assert {each.kind for each in study.experiments.values()} == set(KINDS)
+    rows = re.findall(r"^\| (`.*?) \|", texts["docs/study.md"], re.M)
+    named = {name for row in rows for name in re.findall("[a-z_]+", row)}
+    assert {field for kind in KINDS.values() for fields in kind for field in fields} <= named
 
 
 @pytest.mark.slow

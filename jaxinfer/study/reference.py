@@ -212,6 +212,7 @@ def _continue(
         ttft_s=first,
         latency_s=time.monotonic() - began,
         logprobs=None if params.logprobs is None else logprobs,
+        meta=record.meta,
     )
 
 
