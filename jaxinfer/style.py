@@ -33,7 +33,7 @@ PHASES = {  # of a run, in the order in which they come
 }  # fmt: skip
 KINDS = (".png", ".pdf")
 DPI = 300
-MOST_COLUMNS = 6
+MOST_COLUMNS, LEAST_LETTERS = 6, 8  # of a legend: columns, letters on a line
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "axes.titlelocation": "left", "axes.linewidth": 0.6, "axes.spines.top": False,
@@ -103,21 +103,20 @@ def wrapped(text: str, letters: int) -> str:
 def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> Any:
     """A legend below all axes, whole: in as many columns as fit, long names on several lines, and the figure as much
     taller as the legend is. After everything else is drawn."""
-    width = figure.bbox.width
-    made = None
+    width = 0.98 * figure.bbox.width
     for columns in range(min(len(labels), MOST_COLUMNS), 0, -1):
         made = _legend(figure, handles, labels, columns)
-        if _size(figure, made).width <= width:
+        if (found := _size(figure, made).width) <= width:
             break
         made.remove()
     else:
-        letters = max(map(len, labels))
-        while letters > 8:
-            letters = int(letters * 0.85)
+        letters = int(max(map(len, labels)) * width / found)
+        while True:
             made = _legend(figure, handles, [wrapped(each, letters) for each in labels], 1)
-            if _size(figure, made).width <= width:
+            if _size(figure, made).width <= width or letters <= LEAST_LETTERS:
                 break
             made.remove()
+            letters = max(LEAST_LETTERS, int(0.9 * letters))
     wide, high = figure.get_size_inches()
     figure.set_size_inches(wide, high + _size(figure, made).height / figure.dpi)
     return made

@@ -106,7 +106,7 @@ def test_eleven_runs_look_different_and_all_stand_in_a_legend_that_is_whole(tmp_
         paths.append(write_run(folder / "out.jsonl", 20 + count))
     with style.paper():
         figure = _figure([read_run(path, name) for path, name in zip(paths, _names(paths))])
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         (legend,) = figure.legends
         texts = legend.get_texts()
         assert len(texts) == 11 + 5

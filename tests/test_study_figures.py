@@ -17,7 +17,7 @@ from study_cells import cell, gpu_csv, metrics
 
 def inside(figure) -> None:
     """All text of the figure and its legend is on the canvas."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     whole = figure.bbox
     texts = [text for each in figure.legends for text in each.get_texts()]
     for axes in figure.axes:

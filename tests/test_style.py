@@ -38,10 +38,10 @@ def test_legends_are_inside_the_canvas_and_leave_the_axes_their_height(labels):
         figure, axes = style.canvas(style.COLUMN, 2.4)
         handles = [axes.plot([0, 1], [0, place], **style.line(place))[0] for place in range(len(labels))]
         axes.set(xlabel="devices", ylabel="speed-up")
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         before = axes.get_window_extent().height
         made = style.legend(figure, handles, labels)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         box, whole = made.get_window_extent(), figure.bbox
         assert 0 <= box.x0 and box.x1 <= whole.x1 and 0 <= box.y0 and box.y1 <= whole.y1
         assert axes.get_window_extent().height > 0.85 * before
