@@ -137,7 +137,10 @@ BAD = [
         {"prompt": "a", "max_new_token": 5},
         "unknown field 'max_new_token'; did you mean 'max_new_tokens'? legal: id, prompt,",
     ),
-    ({"prompt": "a", "variant": "2k"}, "unknown field 'variant'; legal: id, prompt, prompt_token_ids, messages, meta, temp"),
+    (
+        {"prompt": "a", "variant": "2k"},
+        "unknown field 'variant'; legal: id, prompt, prompt_token_ids, messages, meta, temp",
+    ),
     ({"id": "x"}, "found no prompt; legal is exactly one of prompt, prompt_token_ids, messages"),
     ({"prompt": "a", "prompt_token_ids": [1]}, "found prompt and prompt_token_ids; legal is exactly one"),
     ({"prompt": 5}, "prompt: found a number, legal is a string"),

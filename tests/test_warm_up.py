@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from engine_run import finish, make_engine, tokens
 from hf_models import make_hf_folder
 from jaxinfer import LLM, SamplingParams, generate
 from jaxinfer.engine.admission import Admission
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
 from jaxinfer.telemetry.repeats import flat, over, with_medians
 
@@ -132,6 +134,27 @@ def test_repeats_of_the_command(checkpoint, tmp_path, monkeypatch, capsys):
         del line["ttft_s"], line["latency_s"]
     assert again == results
     assert "found '0', legal is a whole number" in run(monkeypatch, capsys, *command, "--repeats", 0, status=2)
+
+
+def test_a_stop_signal_ends_the_repeats(checkpoint, tmp_path, monkeypatch, capsys):
+    forgotten, forget = [], Engine.forget
+
+    def stop_at_third(engine):
+        forgotten.append(1)
+        if len(forgotten) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        forget(engine)
+
+    monkeypatch.setattr(Engine, "forget", stop_at_third)
+    (tmp_path / "in.jsonl").write_text('{"prompt_token_ids": [5, 7], "max_new_tokens": 4}\n')
+    out = tmp_path / "out.jsonl"
+    command = ("--model", checkpoint, "--prompts", tmp_path / "in.jsonl", "--output", out, "--ignore-eos")
+    error = run(monkeypatch, capsys, *command, "--repeats", 9)
+    assert "stopped by SIGTERM: 2 of 9 repeats were done, the results are whole; --overwrite measures anew" in error
+    metrics = json.loads((tmp_path / "out.metrics.json").read_bytes())
+    assert (metrics["repeats"]["count"], metrics["repeats"]["asked"], len(metrics["repeats"]["runs"])) == (2, 9, 2)
+    assert (metrics["stopped_by"], metrics["unfinished"], metrics["output_tokens"]) == ("SIGTERM", 0, 4)
+    assert len(out.read_text().splitlines()) == 1
 
 
 def test_medians():

@@ -144,11 +144,11 @@ class Runner:
                 yield from (self._program("prefill", *shape, width, features) for shape in shapes)
 
     def warm_up(self, beat: Callable[[int], None]) -> None:
-        """Waits for what `compile_all` began, and runs each once on no rows: on a GPU a first call takes seconds, since
-        it brings the kernels there. `beat` is told ahead of each."""
+        """Waits for what `compile_all` began, and runs each twice on no rows: on a GPU the first call brings kernels
+        there, which takes seconds, and the second makes the CUDA graph. `beat` is told ahead of each."""
         counted = self.programs.compile_seconds
         self.programs.wait()
-        for number, program in enumerate(self._foreseen):
+        for number, program in enumerate(2 * self._foreseen):
             beat(number)
             self._result(program, self.programs.inputs(program)).read()
         self.programs.compile_seconds = counted  # no request waited
