@@ -89,7 +89,7 @@ def check_result(output: Path) -> None:
 def killed(bed, command: list[str], moment: Callable[[], object]) -> None:
     """Starts the study and kills it with -9 at a moment."""
     client = bed.start(command, cwd=ROOT)
-    until(lambda: moment() or client.poll() is not None, 300, lambda: "the moment did not come")
+    until(lambda: moment() or client.poll() is not None, 900, lambda: "the moment did not come")
     assert client.poll() is None, client.communicate()
     client.kill()
     client.communicate()
@@ -109,7 +109,7 @@ def test_cells_as_jobs(bed, study, tmp_path):
     first = job("correctness/tinystories-baseline-stage1")
     killed(bed, run, lambda: list(output.glob("cells/correctness/*stage2-tensor2*/logs/rank-0-*")))
     killed(bed, run, lambda: list(output.glob("cells/strong/*/logs/rank-0-*")))
-    done = bed.run(run, cwd=ROOT, timeout=500)
+    done = bed.run(run, cwd=ROOT, timeout=1500)
     assert done.returncode == 0, done.stderr
     check_result(output)
     # no job was lost, and none was run again
@@ -129,7 +129,7 @@ def test_cells_as_steps_of_an_allocation(bed, study, tmp_path):
         until {moment} >/dev/null 2>&1; do sleep 0.2; done; kill -9 $!; wait $!; echo first $?
         {run}; echo second $?"""
     done = bed.run(
-        ["salloc", "-N2", "--ntasks-per-node=1", "--cpus-per-task=2", "bash", "-c", script], cwd=ROOT, timeout=500
+        ["salloc", "-N2", "--ntasks-per-node=1", "--cpus-per-task=2", "bash", "-c", script], cwd=ROOT, timeout=1500
     )
     assert f"first {128 + signal.SIGKILL}" in done.stdout and "second 0" in done.stdout, done.stderr
     check_result(output)
