@@ -23,6 +23,7 @@ def begin(run: Run, engine: Any) -> Profile:
     windows = 2 if engine.command_buffers else 1
     most = engine.most_steps(first + taken(last - first + 1, windows))
     first, last = clamped(*asked, most, windows)
+    profile = Profile(Path(run.args.profile), first, last, run.rank)
     if (first, last) != asked:
         run.say(
             f"--profile-steps {asked[0]}:{asked[1]}: these requests take at most {most} steps; "
@@ -30,7 +31,7 @@ def begin(run: Run, engine: Any) -> Profile:
         )
     if windows == 1:
         run.say("--profile: CPU devices have no command buffers, so one window of steps shows all there is")
-    return Profile(Path(run.args.profile), first, last, run.rank)
+    return profile
 
 
 def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> dict[str, Any]:

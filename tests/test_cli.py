@@ -289,7 +289,8 @@ def test_two_processes_write_once_and_agree_with_one(tiny, tmp_path):
     measured = json.loads((tmp_path / "two.profile.json").read_text())
     assert [(each["rank"], each["stage"]) for each in measured["devices"]] == [(0, 0), (0, 0), (1, 1), (1, 1)]
     # exchanges between the processes are known from each other too
-    assert [each["programs"]["decode"]["unmatched"] for each in measured["devices"]] == [0] * 4
+    decoding = [each["programs"]["decode"] for each in measured["devices"]]
+    assert all(each["unmatched"] < 0.05 * each["unhidden"] for each in decoding)
     assert tokens(out) == one
     assert "output tokens/s" in first and "output tokens/s" not in second
     warnings = f"{tiny}: made by an older version, so damage to its manifest or tokenizer would go unseen"
@@ -440,6 +441,8 @@ def test_standard_input_in_and_settings_refused_when_changed(stories, tmp_path):
         ),
         (["--model", "{tiny}", "--prompts", "{empty}"], "there is no prompt in it"),
         (["--model", "{tiny}", "--prompt", "a", "--process-id", "0"], "belong together"),
+        (["--model", "{tiny}", "--prompts", "{ids}", "--stage-layers", "measured:/no.json"], "/no.json: No such file"),
+        (["--model", "{tiny}", "--prompts", "{ids}", "--stage-layers", "measured:{ids}"], "'model' is missing or"),
         (["--model", "{tiny}", "--prompt", "a", "--profile-steps", "7:5"], "legal is FIRST:LAST"),
         (["--model", "{tiny}", "--prompts", "{ids}", "--profile", "/dev/null/x"], "/dev/null"),
         (["--model", "{tiny}", "--prompts", "{bad}", "--output", "{bad}"], "--output is the file of prompts"),

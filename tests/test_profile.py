@@ -171,7 +171,7 @@ def test_a_programs_order_and_scopes():
         instruction("wrapped_convert.2", "fusion", "XlaModule:"),
     )
     summed = instruction("psum.7-fusion.1", "fusion", f"{tick}/embed/all_reduce_stage_tensor/psum")
-    masked = instruction("select_fusion", "fusion", f"{tick}/all_reduce_stage/jit(_where)/select_n")
+    masked = instruction("select_fusion", "fusion", f"{tick}/all_reduce_stage/mul")
     branch = instruction("gemm_fusion_dot.2", "fusion", f"{tick}/stage/layer_01_x/mlp/dot_general", [converts[0]])
     choice = instruction("cond", "conditional", f"{tick}/stage/layer_01_x/cond", [], [20])
     head = instruction("gemm_fusion_dot.1", "fusion", f"{tick}/head/dot_general", [kept[0]])

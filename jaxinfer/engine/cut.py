@@ -55,7 +55,7 @@ def choose_cut(text: str, model: Mapping[str, Any], sizes: Mapping[str, int], dt
     path = Path(text.removeprefix(MEASURED))
     profile = read_object(path)
     times, ends, uneven, old = _read(path, profile, model, layers)
-    same_place = profile["mesh"] == dict(sizes) and profile["dtype"] == dtype
+    same_place = profile["mesh"] == dict(sizes) and profile.get("dtype") == dtype
     stages = sizes["stage"]
     ends = ends if len(ends) == stages else [sum(ends) / len(ends)] * stages
 
@@ -119,21 +119,21 @@ def _read(
             _check(ends, stages, "ends")
             _check([step], 1, "step_ms")
             _check([uneven or 0.0], 1, "uneven_slot_ms")
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{error.args[0]!r} is missing or not as it is written" if error.args else "not as it is written"
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"{error.args[0]!r} is missing or not as it is written"
         raise ValueError(f"stage-layers: {path}: {what}; legal: OUT.profile.json of a run with --profile") from None
     if sum(old) != layers:
         raise LayoutError(
-            f"stage-layers: {path}: measured on {name}, of {sum(old)} layers, this model has {layers}; "
+            f"stage-layers: {path}: measured on {name!r}, of {sum(old)} layers, this model has {layers}; "
             "legal: a profile of the same model"
         )
     if wanted != shape(model):
         raise LayoutError(
-            f"stage-layers: {path}: measured on {name}, which has as many layers but is another model; "
+            f"stage-layers: {path}: measured on {name!r}, which has as many layers but is another model; "
             "legal: a profile of the same model"
         )
     if times is None:
-        raise LayoutError(f"stage-layers: {path}: it has no times of layers: {why}")
+        raise LayoutError(f"stage-layers: {path}: it has no times of layers: {why!r}")
     return times, ends, uneven or 0.0, old
 
 

@@ -13,8 +13,8 @@ from jaxinfer.telemetry.xplane import Trace, read
 
 def own_devices(folder: Path, mesh: Any, rank: int, everyone: Callable[[Any], list[Any]]) -> list[dict[str, Any]]:
     """For each device of this process on `mesh` (stages, data shards, tensor): {"rank", "device", "stage", "programs":
-    what `breakdown` gives, "left_out"}, of the newest trace in `folder`. `everyone` tells each process's value to all:
-    call this in all of them."""
+    what `breakdown` gives, "left_out"}, of the newest trace in `folder`. `everyone` tells each process's value to all,
+    here some ten bytes per run of a collective: call this in all of them."""
     trace = _newest(folder)
     own = {place: (device, trace.devices[number]) for place, device, number in _local(mesh) if number in trace.devices}
     told = from_json(everyone(to_json({place: durations(spans) for place, (_, spans) in own.items()})))
