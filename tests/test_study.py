@@ -169,7 +169,7 @@ def test_a_model_is_switched_by_a_list_and_an_axis_is_followed_up_to_the_devices
     assert [(cell.model.name, cell.mesh) for cell in cells] == [(name, mesh) for name in models for mesh in meshes]
     chosen = {"strong": {"meshes": ["stage=1"], "models": ["two"]}}
     assert [cell.name for cell in cells_of(tmp_path, models=models, experiments=chosen)] == ["two-stage1"]
-    with pytest.raises(StudyError, match=r"experiments.strong: meshes: .* on a cluster list the meshes"):
+    with pytest.raises(StudyError, match=r"experiments.strong: .* on a cluster say the meshes"):
         cells_of(tmp_path, NODES, experiments={"strong": {"meshes": {"axis": "stage"}}})
 
 
