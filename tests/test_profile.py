@@ -287,7 +287,7 @@ def test_a_second_window_has_programs_of_its_own(tmp_path, kind):
     convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)
     config = EngineConfig(dtype="float32", max_batch=4, prefill_chunk=32, decode_steps=4)
     engine, profile = kind(tmp_path / "ckpt", config), Profile(tmp_path / "traces", 3, 5, rank=0)
-    passes = []
+    passes, times = [], []
     for traced in (True, False):
         tokens, compiling, began = {}, [], engine.steps
         for name in range(4):
@@ -300,16 +300,15 @@ def test_a_second_window_has_programs_of_its_own(tmp_path, kind):
         profile.finish(engine)
         assert engine._runner.programs._apart == {}  # later steps run as ever
         passes.append(tokens)
+        times.append(compiling)
     assert passes[0] == passes[1] and len(tokens) == 4
-    assert compiling[0] == compiling[-1]
+    assert times[1][0] == times[1][-1] == times[0][-1]
     folder = tmp_path / "traces" / "rank-0"
     as_run = Window("as-run", folder / "as-run", 3, 5, 3, True)
     if kind is Refused:
         assert profile.windows == [as_run] and "xla_no_such_option" in profile.why
         return
     assert profile.windows == [as_run, Window("structure", folder / "structure", 7, 9, 3, False)]
-    (traced,) = (folder / "structure").rglob("*.xplane.pb")
-    lines = [line for plane in ProfileData.from_file(str(traced)).planes for line in plane.lines]
-    events = {event.name for line in lines for event in line.events}
-    # it was compiled before
-    assert "decode" in events and not [name for name in events if "ompile" in name]
+    assert len(list((folder / "structure").rglob("*.xplane.pb"))) == 1
+    # compiled ahead of it, and counted as such
+    assert times[0][4] == times[0][5] < times[0][6] == times[0][-1]
