@@ -1,11 +1,9 @@
 """The loop from requests to tokens. Every process runs it on the same requests and reads the same results."""
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,19 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import xxhash
 
-from jaxinfer.checkpoint.dummy import random_params
-from jaxinfer.checkpoint.load import default_threads, load
 from jaxinfer.checkpoint.manifest import TOKENIZER, Manifest, read_manifest
-from jaxinfer.checkpoint.reader import Reader
 from jaxinfer.checkpoint.verify import check_tokenizer
 from jaxinfer.cluster.distributed import everyone
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.device import check_dtype, device_memory
 from jaxinfer.engine.emit import Emitted
 from jaxinfer.engine.fit import fit_or_advise
+from jaxinfer.engine.loading import Loading, Told, load_weights
 from jaxinfer.engine.memory import explained
 from jaxinfer.engine.needed import needed_programs
 from jaxinfer.engine.programs import WITHOUT_COMMAND_BUFFERS, Program
@@ -98,8 +93,7 @@ class Engine:
         self._beat, self.steps = beat, 0
         self.decode_sum = "psum"  # over `tensor`: by which way; with the reason where kernels are on and it is psum
         peers = self._connect() if decoder.kernels == "on" and sizes["tensor"] > 1 else None
-        self._loader, self._told = ThreadPoolExecutor(1, "load"), loading
-        self._begin_loading()
+        self._loading, self._loaded = Loading(self._load, loading), False
         with self.loading_stops_at_error():
             self.tokenizer = None if alone else self._tokenizer()
         self._runner = Runner(
@@ -253,12 +247,10 @@ class Engine:
           CheckpointError: they cannot be read.
           OutOfMemory: a device has less room than planned.
         """
-        if self._loading is not None:
-            if self._unwanted.is_set():
-                self._begin_loading()
+        if not self._loaded:
             with self.phases.within("load"), self.loading_stops_at_error(), self._explained("load"):
-                self._runner.begin(self._loading.result())
-            self._loading = None
+                self._runner.begin(self._loading.wait())
+            self._loaded = True
             self.arrive()
 
     def arrive(self) -> None:
@@ -322,14 +314,9 @@ class Engine:
         self._in_flight.clear()
         self.scheduler = self.scheduler.emptied()
 
-    @contextmanager
-    def loading_stops_at_error(self) -> Iterator[None]:
-        """An error in here ends the loading of weights too: Python does not end before its threads."""
-        try:
-            yield
-        except BaseException:
-            self._unwanted.set()
-            raise
+    def loading_stops_at_error(self) -> AbstractContextManager[None]:
+        """An error in here ends the loading of weights too."""
+        return self._loading.stops_at_error()
 
     def _explained(self, doing: str) -> Any:
         return explained(self.memory, self.config, doing)
@@ -502,27 +489,12 @@ class Engine:
         self.decode_sum = "peer" if peers is not None else f"psum: {reason}"
         return peers
 
-    def _begin_loading(self) -> None:
-        self._unwanted = threading.Event()
-        self._loading: Future | None = self._loader.submit(self._load, self._unwanted)
-
-    def _load(self, unwanted: threading.Event) -> Any:
-        began = time.perf_counter()
-
-        def told(done: int, total: int) -> None:
-            if unwanted.is_set():
-                raise RuntimeError("nobody waits for the weights any more")
-            self._told(done, total)
-
-        parameters, rules, dtype = self.fitted.decoder.parameters(), Rules(), np.dtype(self.dtype)
-        if self.config.load_format == "dummy":
-            params = random_params(parameters, self.mesh, rules, dtype, self.config.seed, told)
-        else:
-            threads, reader = self.config.load_threads or default_threads(), Reader(self.folder, self.manifest)
-            params = load(reader, parameters, self.mesh, rules, dtype, threads, told)
-            self.stats.load_bytes = reader.bytes_read
-        self.stats.load_seconds = time.perf_counter() - began
-        self.phases.beside("load", self.stats.load_seconds)
+    def _load(self, told: Told) -> Any:
+        stats = self.stats
+        params, stats.load_bytes, stats.load_seconds = load_weights(
+            self.folder, self.manifest, self.fitted, self.mesh, self.dtype, told
+        )
+        self.phases.beside("load", stats.load_seconds)
         # a decode tick reads every weight on the device, but of an untied embedding only a row per sequence
         embed = params["ends"]["embed"].addressable_data(0).nbytes
         self._weight_bytes_per_tick = self.memory.weights - (0 if self.model.tied else embed)
