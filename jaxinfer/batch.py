@@ -100,7 +100,7 @@ def run_batch(
     summary["stopped_by"] = signal.Signals(number).name if number else None
     work = passes[0].window[0], passes[-1].window[1]
     summary |= end_watch(run, watch, work, sum(each.figures["output_tokens"] for each in passes))
-    summary |= _of_processes(run, engine, {} if watch is None else watch.peaks())
+    summary |= of_processes(run, engine, watch)
     if writer is not None:
         writer.note("metrics", summary)
     return summary
@@ -181,12 +181,12 @@ def _digest(done: Output) -> str:
     return xxhash.xxh3_64_hexdigest(repr((done.token_ids, done.finish_reason)).encode())
 
 
-def _of_processes(run: Run, engine: Engine, nvml: dict[int, int]) -> dict[str, Any]:
-    """What each process tells, all of them: where its time went, and its memory; `nvml`: see `memory_peaks`."""
+def of_processes(run: Run, engine: Engine, watch: Watch | None) -> dict[str, Any]:
+    """What each process tells, all of them: where its time went so far, and its memory."""
     own = {"rank": run.rank, "host": socket.gethostname()}
     told = {
         "phases": own | run.phases.to_json() | {"load_bytes": engine.stats.load_bytes},
-        "memory": own | memory_peaks(nvml),
+        "memory": own | memory_peaks({} if watch is None else watch.peaks()),
     }
     run.life.beat("end", waits=True)
     every = distributed.everyone(told)

@@ -140,6 +140,7 @@ def _checked(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
         parser.error("--prompt: a preset has no tokenizer; give --prompts FILE.jsonl with prompt_token_ids")
     if (args.prompts is None) == (args.prompt is None):
         parser.error("give --prompts or --prompt")
+    args.warm_up = args.warm_up or args.repeats is not None  # or the first time would differ from the others
     given = {args.coordinator is None, args.num_processes is None, args.process_id is None}
     if len(given) > 1:
         parser.error("--coordinator, --num-processes and --process-id belong together")
@@ -292,7 +293,7 @@ def _run(
     run: Run, todo: list[InputRecord | InputError], already: int, writer: Writer | None, watch: Watch | None
 ) -> None:
     """Loads the model, runs the records, writes what comes of them; a bad record gives way to its error in `todo`."""
-    from jaxinfer.batch import run_batch
+    from jaxinfer.batch import of_processes, run_batch
     from jaxinfer.profiled import begin, conclude
     from jaxinfer.telemetry.metrics import show
 
@@ -324,6 +325,9 @@ def _run(
     summary = run_batch(llm, requests, run, writer, shows, counts, profile, watch)
     if profile is not None:
         summary |= conclude(run, profile, llm.engine, writer)
+        summary |= of_processes(run, llm.engine, watch)  # reading traces took its time too
+        if writer is not None:
+            writer.note("metrics", summary)
     if run.first:
         show(summary, counts)
     if failed := summary["failed"]:

@@ -145,7 +145,10 @@ class LLM:
         check_thread_pool()
         if warning := use_compile_cache(compile_cache):
             warnings.warn(warning, stacklevel=2)
-        phases = phases or Phases()
+        if phases is None:
+            phases = Phases()
+            jax.devices()  # from here on they are ready
+            phases.started()
         with phases.within("load"):
             self.engine = Engine(checkpoint, config, loading, beat, phases)
         if (warning := self.engine.manifest.warning(self.engine.folder)) and jax.process_index() == 0:

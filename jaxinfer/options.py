@@ -71,8 +71,8 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--monitor", choices=("auto", "off"), default="auto", help=what)
     what = "compile all programs, and run each once, before the first request begins: no time is then of compiling"
     group.add_argument("--warm-up", action="store_true", help=what)
-    what = "run the requests N times, to know how figures vary; results are of the first time. Steps of --profile are "
-    what += "then of one more time, in no figure"
+    what = "run the requests N times after a --warm-up, to know how figures vary; results are of the first time. Steps "
+    what += "of --profile are then of one more time, in no figure"
     group.add_argument("--repeats", type=_repeats, metavar="N", help=what)
 
 

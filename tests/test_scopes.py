@@ -15,6 +15,7 @@ from jaxinfer.models.families import from_hf
 from jaxinfer.parallel.axes import parse_mesh
 from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.parallel.placement import Rules
+from jaxinfer.telemetry.phases import Phases
 from test_families import FAMILIES
 
 WORK = re.compile(r"(dot|convolution|gather|scatter|sort|custom-call|exponential|all-\w+|collective-\w+)$")
@@ -29,7 +30,7 @@ def lowered(folder, family, kind, features):
     model = from_hf(json.loads((folder / "config.json").read_text()))
     config = EngineConfig(mesh=parse_mesh("stage=2,tensor=2"), max_batch=4, prefill_chunk=32, decode_steps=4)
     decoder = Decoder(model, (model.num_layers - 1, 1))
-    programs = Programs(decoder, config, make_mesh(config.mesh), Rules(), jnp.float32, 9, None, lambda: None)
+    programs = Programs(decoder, config, make_mesh(config.mesh), Rules(), jnp.float32, 9, None, lambda: None, Phases())
     shape = (2, 0) if kind == "decode" else config.prefill_shapes()[0]
     return programs.lower(Program(kind, *shape, 2, features, features.adjust))
 

@@ -388,7 +388,9 @@ class Engine:
         return sum(1 for _ in islice(rehearse(self.scheduler.config, sequences), up_to))
 
     def watch_programs(self) -> None:
-        """Notes from here on which programs run, for `drop_command_buffers`."""
+        """Waits for what is being compiled, which no traced step may wait for, and notes from here on which programs
+        run, for `drop_command_buffers`."""
+        self._runner.programs.settle()
         self._runner.programs.ran.clear()
 
     def drop_command_buffers(self) -> bool:

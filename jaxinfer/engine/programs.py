@@ -189,6 +189,11 @@ class Programs:
             wait([each for each in self._compiled.values() if not each.done()], return_when=FIRST_COMPLETED)
         self._compiling()
 
+    def settle(self) -> None:
+        """Until all that began are compiled; counts as compiling."""
+        with self._waiting():
+            self.wait()
+
     def compiled(self) -> dict[Program, jax.stages.Compiled]:
         """All programs so far; waits for those that are being compiled."""
         return {program: future.result() for program, future in self._compiled.items()}

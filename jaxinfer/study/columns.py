@@ -104,7 +104,9 @@ COLUMNS = {
     "near_tie_nats": Column("near tie limit in nats", "64 times the dtype's unit roundoff; 0.001 in float32"),
     "drift_nats": Column("drift in nats", "largest difference of a token's log probability while the tokens agree"),
     "of_best_percent": Column("of the best in %", "tokens/s against the best cell of this table", percent),
-    "wall_s": Column("wall in s", "start of the process to its end: start, load, warm-up, all repeats, profile"),
+    "wall_s": Column(
+        "wall in s", "start of the process until its metrics are written: start, load, warm-up, all repeats, profile"
+    ),
     "start_s": Column("start in s", "start of the process until its devices are ready"),
     "io_s": Column("I/O in s", "reading the checkpoint and writing results (load + write)"),
     "load_s": Column("load in s", "reading the checkpoint"),
