@@ -179,7 +179,11 @@ def test_a_cell_that_cannot_be_says_why_and_leaves_the_others(tmp_path):
     assert [cell.why for cell in cells][:2] == ["", "the mesh needs 16 devices, cpu_devices gives 8"]
     assert "heads=" in cells[2].why and "cannot be cut 3 ways" in cells[2].why
     assert "the model has" in cells[3].why or not cells[3].why
-    assert not any(cell.refused for cell in cells)
+    # where it runs has too few devices; no device could give what the model cannot have
+    assert [cell.refused for cell in cells] == [False, False, True, bool(cells[3].why)]
+    models = {"twelve": {"preset": "opt-125m", "random_weights": True}}
+    followed = cells_of(tmp_path, models=models, experiments={"strong": {"meshes": {"axis": "tensor"}}})
+    assert any("cannot be cut" in cell.why for cell in followed) and not any(cell.refused for cell in followed)
     [beyond] = cells_of(tmp_path, settings={"max_new_tokens": 4096}, experiments={"strong": {"meshes": ["stage=1"]}})
     assert beyond.refused and re.match(
         r"prompt '1': 5 tokens \+ 4096 new ones are 4101, the model's context", beyond.why
@@ -377,4 +381,16 @@ finally:
         words = [sys.executable, "-c", program, *map(str, arguments)]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=own_environment())
         assert done.stdout.endswith("clean\n"), done.stderr
-    assert not (tmp_path / "out").exists()
+    [prompts] = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert prompts.parent == tmp_path / "out" / "prompts" and str(prompts) in done.stdout  # to paste the lines
+
+
+@pytest.mark.slow
+def test_whoever_reads_a_dry_run_may_go(tmp_path):
+    words = [sys.executable, "-m", "jaxinfer.study", "run", str(write(tmp_path)), "--output", str(tmp_path / "out")]
+    study = subprocess.Popen(
+        [*words, "--dry-run"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=own_environment()
+    )
+    study.stdout.close()
+    said = study.stderr.read().decode()
+    assert study.wait() == 1 and said.count("\n") == 1 and "wrote the prompts" in said, said

@@ -235,6 +235,34 @@ def test_a_folder_is_one_studys_and_waits_for_the_cells_of_a_killed_one(tmp_path
     assert said in ([], ["a cell of a study that was killed still runs; waiting for its end"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("squeue", "sbatch", "status", "state"),
+    [
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", "", 2, ("waiting", 0)),
+        ("squeue: fatal: Could not establish a configuration source", "", 2, ("waiting", 0)),
+        ("", "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", 2, ("waiting", 0)),
+        ("", "sbatch: error: Batch job submission failed: Invalid account", 1, ("failed", 1)),
+    ],
+)
+def test_a_slurm_that_does_not_answer_fails_no_cell(tmp_path, squeue, sbatch, status, state):
+    for name, said in (("squeue", squeue), ("sbatch", sbatch)):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}' >&2\nexit {int(bool(said))}\n")
+        (tmp_path / name).chmod(0o755)
+    words = [sys.executable, "-m", "jaxinfer.study", "run", write(tmp_path, settings=QUICK, experiments=TWO)]
+    words += ["--output", tmp_path / "out", "--cluster", "testbed", "--poll-s", "0.5"]
+    environment = own_environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == status, done.stderr
+    assert summary(tmp_path / "out") == dict.fromkeys(("tiny-baseline-stage1", "tiny-stage2"), state)
+    if status == 2:
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("jaxinfer.study: error: Slurm does not answer: ") and (squeue or sbatch) in last
+        assert "run this on a login node where squeue works" in last and "FAILED" not in done.stderr
+    else:
+        assert "not submitted: sbatch: error: Batch job submission failed: Invalid account" in done.stderr
+
+
 def test_what_is_missing_is_said_before_anything_runs(tmp_path):
     out, path = tmp_path / "out", write(tmp_path)
     nowhere = {"tiny": {"checkpoint": str(tmp_path / "none")}}

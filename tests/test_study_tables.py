@@ -46,6 +46,21 @@ def test_strong_scaling_by_hand(tmp_path):
     assert "- **speed-up**: T(n0) / T(n)" in text and "| – | – |" in text
 
 
+def test_an_orphan_is_in_no_table_and_displaces_nothing(tmp_path):
+    cell(tmp_path, "strong", "stage=1", metrics((8.0,)), tag="current")
+    stale = cell(tmp_path, "strong", "stage=1", metrics((2.0,)), tag="stale", ended="2026-12-01T12:00:00+0000")
+    gone = cell(tmp_path, "strong", "stage=2", metrics((4.0,)), devices=2, tag="gone")
+    for folder in (stale, gone):
+        state = json.loads((folder / "state.json").read_text())
+        study_cells.write(folder / "state.json", state | {"orphan": True})
+    cells, left_out = read_cells(tmp_path)
+    assert [each.hash for each in cells] == ["current"]
+    assert left_out == [
+        f"{each.relative_to(tmp_path)}: an orphan: no longer in the study file" for each in (stale, gone)
+    ]
+    assert column(rows(tmp_path, "strong"), "work_s") == [8]
+
+
 def test_weak_scaling_by_hand(tmp_path):
     found = rows(study_cells.study(tmp_path), "weak")
     assert column(found, "weak_efficiency_percent") == pytest.approx([100, 100 * 8.1 / 8.2, 100 * 8.1 / 2.5])

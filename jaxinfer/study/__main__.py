@@ -1,6 +1,7 @@
 """``python -m jaxinfer.study``: a study file to measured cells, tables and figures."""
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -37,9 +38,9 @@ examples:
 
 docs/study.md has the study file, the folder and what every figure means.
 
-exit status: 0 done (cells that cannot be are skipped, with the reason); 1 a cell failed, or the disk is full; 2 the
-  study file, an option or the place is wrong, and the line says what would be right; 130 interrupted, and the same
-  command goes on.
+exit status: 0 done (cells that cannot be here are skipped, with the reason); 1 a cell failed or can be nowhere, or the
+  disk is full; 2 the study file, an option or the place is wrong, and the line says what would be right; 130
+  interrupted, and the same command goes on.
 """
 
 
@@ -63,7 +64,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--prompts", metavar="FILE", help=what)
         if name == "run":
             command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the study")
-            command.add_argument("--dry-run", action="store_true", help="print the command lines, run nothing")
+            command.add_argument(
+                "--dry-run", action="store_true", help="print the command lines, write DIR/prompts, run nothing"
+            )
             what = "seconds between looks at the queue (default: 10)"
             command.add_argument("--poll-s", type=_seconds, default=10.0, metavar="S", help=what)
     for name, what in (
@@ -83,10 +86,15 @@ def main(argv: list[str] | None = None) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _interrupt)
     try:
-        sys.exit(COMMANDS[args.command](args))
+        status = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        sys.exit(status)
     except StudyError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the screen, head say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         what = "; what is measured stays, and the same command goes on" if args.command == "run" else ""
@@ -168,10 +176,13 @@ def _run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace, place: Any, cells: list[Any]) -> int:
     from jaxinfer.study.check import reasons
     from jaxinfer.study.command import command, environment, line
-    from jaxinfer.study.folder import is_done
+    from jaxinfer.study.folder import is_done, write_prompts
 
     wanted = [cell for cell in cells if args.only in (None, cell.experiment)]
     why = reasons(wanted, place)
+    if able := [cell for cell in wanted if cell.folder not in why]:
+        write_prompts(able, args.output)
+        _say(f"wrote the prompts of these commands to {args.output / 'prompts'}, and nothing else")
     for cell in wanted:
         if cell.folder in why:
             print(f"# {cell.label}: skipped: {why[cell.folder]}")

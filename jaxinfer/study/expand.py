@@ -133,6 +133,11 @@ class _Expansion:
         mesh = self.experiment.mesh
         return mesh if isinstance(mesh, str) else self._along(mesh["axis"])[-1]
 
+    @property
+    def _followed(self) -> bool:
+        """Whether the meshes are as many as there are devices: then nobody asked for one that the model cannot have."""
+        return isinstance(self.experiment.meshes or self.experiment.mesh, Mapping)
+
     def _along(self, axis: str) -> list[str]:
         if self.place.here is None:
             raise StudyError("{axis: ...} counts the devices of one host; on a cluster say the meshes")
@@ -235,8 +240,10 @@ class _Expansion:
         try:
             seats = Seats(1, 1) if reference else self.place.seats(devices)
             self._check_mesh(sizes, settings)
-        except (StudyError, LayoutError) as error:
+        except StudyError as error:
             why = str(error)
+        except LayoutError as error:
+            why, refused = str(error), not self._followed
         counts = self._counts(lines)
         if beyond := self._beyond_context(lines, counts, settings):
             why, refused = beyond, True

@@ -73,11 +73,15 @@ def is_done(cell: Cell, root: Path) -> bool:
     return read_state(folder)["state"] == "done" and not verdict(cell, folder)
 
 
-def write_study(study: Study, path: Path, cells: list[Cell], place: Place, root: Path) -> None:
-    write_whole(root / "study.yaml", path.read_bytes())
+def write_prompts(cells: list[Cell], root: Path) -> None:
     for name, cell in {cell.prompts: cell for cell in cells}.items():
         if not (root / name).exists():
             write_whole(root / name, encoded(cell.lines))
+
+
+def write_study(study: Study, path: Path, cells: list[Cell], place: Place, root: Path) -> None:
+    write_whole(root / "study.yaml", path.read_bytes())
+    write_prompts(cells, root)
     models = {cell.model.name: cell.model for cell in cells}
     write_json(root / "lock.json", {
         "study": study.study,

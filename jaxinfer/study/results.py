@@ -209,6 +209,8 @@ def _read_cell(folder: Path) -> Cell:
             raise ValueError(f"cell.json: {name}: found {about.get(name)!r}, legal is a text")
     problems: list[str] = []
     state = _read(folder / "state.json", problems, needed=True) or {}
+    if state.get("orphan") is True:  # however new: the study file has another in its place, or none
+        raise ValueError("an orphan: no longer in the study file")
     done = state.get("state") == DONE
     metrics = _read(folder / "out.metrics.json", problems, needed=done and about.get("role") != "baseline")
     others = [_read(folder / name, problems) for name in ("out.profile.json", "out.run.json", "sacct.json")]

@@ -142,10 +142,14 @@ class Runner:
         if why := self._lacks(cell):
             self._end(cell, why)
             return False
+        before = read_state(folder)
         state = self._begin(cell)
         try:
             job = jobs.submit(command(cell, self.root, self.place))
         except jobs.JobError as error:
+            if error.silent:  # what is wrong is the place, and not this cell
+                write_state(folder, before, state="waiting", why=None, job=None)
+                raise _no_answer(error) from None
             self._end(cell, f"not submitted: {error}")
             return False
         write_state(folder, state, job=job)
@@ -161,7 +165,7 @@ class Runner:
         except jobs.JobError as error:
             if error.status == NO_JOB:
                 return None
-            raise StudyError(f"Slurm does not answer: {error}") from None
+            raise _no_answer(error) from None
         return told if has_job(folder) or not told["ended"] else None
 
     def _wait_for_step(self, cell: Cell) -> None:
@@ -241,6 +245,13 @@ def run_study(
         with tqdm(total=len(todo), unit=" cell", dynamic_ncols=True, disable=None) as bar:
             Runner(root, place, keep, say, poll_s, bar).run(todo)
         return _conclude(wanted, root, say)
+
+
+def _no_answer(error: jobs.JobError) -> StudyError:
+    return StudyError(
+        f"Slurm does not answer: {error}; run this on a login node where squeue works. Jobs that were submitted go on, "
+        "and the same command follows them and submits the others"
+    )
 
 
 def _heading(study: Study, cells: list[Cell], measured: list[Cell], skipped: list[Cell], place: Place) -> str:
