@@ -69,7 +69,7 @@ def conclude(run: Run, profile: Profile, engine: Any, writer: Writer | None) -> 
             break  # the others are for who looks at them
     if run.first:
         first = profile.windows[0]
-        show(windows[first.name], f"profile of steps {first.first} to {first.last}")
+        show(windows[first.name], f"profile of steps {first.first} to {first.last}, {first.name}")
         show_balance(found)
         if writer is not None:
             writer.note("profile", found)

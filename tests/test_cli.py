@@ -315,7 +315,7 @@ def test_a_profile_of_a_short_run(stories, tmp_path):
     shown = run(*arguments, "--max-new-tokens", 30).stderr
     # a tick, then four blocks of eight steps
     assert "--profile-steps 20:30: these requests take at most 5 steps; traced are 1:4" in shown
-    assert "profile of steps 1 to 4: ms per decode step, mean of 32" in shown
+    assert "profile of steps 1 to 4, as-run: ms per decode step, mean of 32" in shown
 
 
 @pytest.mark.slow
