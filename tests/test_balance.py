@@ -273,7 +273,7 @@ def traced(checkpoint, folder, cut, mesh="stage=2"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["stage=2", "stage=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["stage=2", pytest.param("stage=2,tensor=2", marks=pytest.mark.long)])
 def test_a_real_run(tmp_path, mesh):
     make_hf_folder(tmp_path / "hf", num_hidden_layers=6, hidden_size=256, intermediate_size=768)
     convert(tmp_path / "hf", tmp_path / "ckpt", quiet=True)

@@ -11,7 +11,7 @@ import pytest
 from convert.run import convert
 from hf_models import make_hf_folder
 from jaxinfer import batch, generate, llm
-from jaxinfer.engine import engine
+from jaxinfer.engine import engine, loading
 from jaxinfer.engine.programs import Programs
 from jaxinfer.engine.runner import Runner
 from jaxinfer.outputs import Writer
@@ -98,7 +98,7 @@ def test_sleeps_are_found_in_their_phases(checkpoint, tmp_path, monkeypatch):
         "other": [(batch, "RunMetrics", 0.2)],
     }
     slower(monkeypatch, Programs, "lower", 0.2)
-    slower(monkeypatch, engine, "load", 0.3)
+    slower(monkeypatch, loading, "load", 0.3)
     calls = {name: [(slower(monkeypatch, *each), each[2]) for each in functions] for name, functions in slept.items()}
     out = tmp_path / "out.jsonl"
     run(monkeypatch, "--model", checkpoint, "--prompts", tmp_path / "in.jsonl", "--output", out)

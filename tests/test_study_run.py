@@ -146,7 +146,7 @@ def test_a_study_that_runs_is_not_run_twice_and_an_interrupt_stops_its_cell(tmp_
     assert "interrupted" in study_command("status", out).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cell_that_fails_says_why_and_the_others_run(tmp_path):
     good = {"kind": "correctness", "meshes": ["stage=1"], "against": "first"}
     experiments = {"bad": good | {"settings": {"pages": 2}}, "good": good}
@@ -162,7 +162,7 @@ def test_a_cell_that_fails_says_why_and_the_others_run(tmp_path):
     assert "1 measured, 0 skipped, 1 failed" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_ends_the_study_in_one_line_and_nothing_is_lost(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

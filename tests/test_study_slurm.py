@@ -10,7 +10,7 @@ from test_study_run import QUICK
 
 
 @pytest.mark.slurm
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_fails_says_why_and_the_others_run(slurm_bed, tmp_path):
     good = {"kind": "correctness", "meshes": ["stage=1"], "against": "first"}
     experiments = {"bad": good | {"settings": {"pages": 2}}, "good": good}

@@ -457,7 +457,7 @@ def test_leaves_the_job_and_comes_back(bed, submit, model, prompts, tmp_path):
 
 
 @pytest.mark.slurm
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_of_an_allocation(bed, model, prompts, tmp_path):
     folder, bad = tmp_path / "it's 5%j", tmp_path / "bad"
     good = command(*round_of(model, prompts, folder, *CPU, "--nodes", 2, "--inside", "--", "--max-new-tokens", 4))

@@ -55,7 +55,9 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["ends at any time", *(pytest.param(each, marks=pytest.mark.long) for each in list(CASES)[1:])]
+)
 def test_nothing_is_compiled_after_it(checkpoint, monkeypatch, case):
     mesh, settings, params = CASES[case]
     if case == "few pages":  # lets in more than the pages carry
