@@ -106,7 +106,12 @@ def add_limit_options(parser: argparse.ArgumentParser) -> None:
         default = getattr(Limits(), name)
         option = f"--{name}-stuck-s" if name in ("load", "compile") else f"--{name}-s"
         group.add_argument(
-            option, dest=f"{name}_s", type=_seconds, default=default, metavar="S", help=f"{what} (default: {default:g})"
+            option,
+            dest=f"{name}_s",
+            type=seconds_option,
+            default=default,
+            metavar="S",
+            help=f"{what} (default: {default:g})",
         )
 
 
@@ -114,7 +119,8 @@ def limits(args: argparse.Namespace) -> Limits:
     return Limits(**{name: getattr(args, f"{name}_s") for name in attrs.fields_dict(Limits)})
 
 
-def _seconds(text: str) -> float:
+def seconds_option(text: str) -> float:
+    """An option's type."""
     try:
         seconds = float(text)
     except ValueError:

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxinfer import __version__
-from jaxinfer.options import Parser
+from jaxinfer.options import Parser, seconds_option
 from jaxinfer.screen import escape_unencodable
 from jaxinfer.study.errors import StudyError, unknown
 
@@ -68,7 +68,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 "--dry-run", action="store_true", help="print the command lines, write DIR/prompts, run nothing"
             )
             what = "seconds between looks at the queue (default: 10)"
-            command.add_argument("--poll-s", type=_seconds, default=10.0, metavar="S", help=what)
+            command.add_argument("--poll-s", type=seconds_option, default=10.0, metavar="S", help=what)
     for name, what in (
         ("status", "how far a study is"),
         ("tables", "write DIR/tables from DIR/cells"),
@@ -114,16 +114,6 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
         return "nothing was changed"
     again = shlex.join(["python", "-m", PROGRAM, *sys.argv[1:]])
     return f"what is measured stays; go on with: {again}"
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, legal is a number of seconds above 0")
-    return seconds
 
 
 def _open(args: argparse.Namespace, needed: bool) -> Any:
